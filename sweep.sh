@@ -1,0 +1,217 @@
+#!/bin/bash
+# A sweep: every cell of a grid pre-trained and probed, several cells side by side, then the laws fitted and drawn.
+#
+#   data.py -> pretrain.py, a run a cell -> finetune.py, a probe a benchmark -> fit_laws.py: table, laws, figures
+#
+#   bash sweep.sh                          # the whole study, small, on the simulated population
+#   DATA=pool PROBES="ucihar wisdm_watch" USERS="4 8 16 all" HOURS="0.05 0.1 all" SEEDS="0 1" OUT=runs/pool bash sweep.sh
+#   bash sweep.sh --list                   # a line a cell: done, running, failed or to do; time left; its exact commands
+#   sbatch --array=1-N sweep.sh            # the same cells as a Slurm job array; N is the number of lines of --list
+#
+# Stop it, kill it, start it again or twice at once: what is done is skipped, what was cut off goes on where it was, what
+# another sweep works on is waited for, what failed before is tried once more. A cell is done when these very commands
+# have finished on these very data (OUT/CELL/commands says which did); pretrain.py refuses to go on with a run of other
+# flags. What a cell says stands in OUT/CELL/log.txt. The last task of a job array to end fits the laws; `bash sweep.sh`
+# does, too. Exit status: 0 if every cell is done, 1 if not, 2 for a grid that makes no sense.
+
+#SBATCH --requeue --open-mode=append
+#SBATCH --signal=B:USR1@60
+# Each of these is a variable of the environment; what stands here is the default.
+DATA=${DATA:-simulated}                           # a prepared set, or several pooled (a+b); prepared here if data.py knows it
+if [ "$DATA" = simulated ]; then PROBES=${PROBES-simulated}; fi               # labelled sets to probe on; "" for none
+users=(${USERS:-4 8 16 32})                       # training users, or `all`
+hours=(${HOURS:-0.025 0.1 0.4})                   # hours per user at most, or `all`
+models=(${MODELS:-16x2x2 32x3x4 64x3x4})          # width x depth x heads
+seeds=(${SEEDS:-0})                               # each draws its own users, weights, batches and masks
+STEPS=${STEPS:-150}                               # updates a cell
+FLAGS=${FLAGS:-}                                  # more flags for every pretrain.py: "--batch 64 --optimizer adamw"
+OUT=${OUT:-runs/$DATA}                            # a folder a cell in here
+RESULTS=${RESULTS:-results/$(basename "$OUT")}    # the table, laws.json and the figures
+cores=${SLURM_CPUS_ON_NODE:-$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}
+JOBS=${JOBS:-$cores}                              # cells side by side: two of one thread do 1.5 times the work of one of two
+THREADS=${THREADS:-$((cores > JOBS ? cores / JOBS : 1))}                      # of each cell
+# ---------------------------------------------------------------- the cells
+set -f                                            # words are words, never file patterns
+code=$(dirname "$0")                              # Slurm runs a copy of this script, and knows of what
+[ -f "$code/pretrain.py" ] || code=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p')")
+PYTHON=${PYTHON:-$(for p in ${VIRTUAL_ENV:+python} "$code/.venv/bin/python" python python3; do command -v "$p" && break; done)}
+export OMP_NUM_THREADS=$THREADS OMP_WAIT_POLICY=passive
+
+refuse() { echo "sweep.sh: $1" >&2; exit 2; }
+every() {                                         # name, form, words: refuse the word that isn't of that form
+    local name=$1 form=$2 word; shift 2
+    for word in "$@"; do [[ $word =~ ^($form)$ ]] || refuse "$name has '$word', which isn't of the form $form"; done
+}
+case "$# ${1-}" in
+    "0 " | "1 --list") ;;
+    "1 --help") sed -n '2,/^# ---/{/^# ---/d;/^#SBATCH/d;s/^# \{0,1\}//;p;}' "$0"; exit ;;
+    *) refuse "'$*' is not --list or --help, which is all it takes; the grid is set by variables (see --help)" ;;
+esac
+every USERS '[1-9][0-9]*|all' "${users[@]}"; every HOURS '[0-9]*\.?[0-9]+|all' "${hours[@]}"; every SEEDS '[0-9]+' "${seeds[@]}"
+every MODELS '[1-9][0-9]*x[1-9][0-9]*x[1-9][0-9]*' "${models[@]}"; every STEPS '[1-9][0-9]*' "$STEPS"
+every "JOBS or THREADS" '[1-9][0-9]*' "$JOBS" "$THREADS"; every "DATA or PROBES" '[A-Za-z0-9_.+-]+' "$DATA" $PROBES
+
+grid=()
+for s in "${seeds[@]}"; do for u in "${users[@]}"; do for h in "${hours[@]}"; do for m in "${models[@]}"; do
+    [[ " ${grid[*]} " == *" u$u-h$h-$m-s$s "* ]] || grid+=("u$u-h$h-$m-s$s")
+done; done; done; done
+cells=("${grid[@]}")                              # those to work on here
+if [ -n "$SLURM_ARRAY_TASK_ID" ]; then
+    [ "$SLURM_ARRAY_TASK_ID" -ge 1 ] && [ "$SLURM_ARRAY_TASK_ID" -le ${#grid[@]} ] ||
+        refuse "task $SLURM_ARRAY_TASK_ID of the job array has no cell: the grid has ${#grid[@]}, so sbatch --array=1-${#grid[@]}"
+    cells=("${grid[SLURM_ARRAY_TASK_ID - 1]}")
+fi
+
+# ---------------------------------------------------------------- their commands, and what state they are in
+fingerprint() { sed -n 's/.*"fingerprint": "\([0-9a-f]*\)".*/\1/p' $(printf "data/%s/meta.json " ${1//+/ }) 2>/dev/null; }
+pretraining() {                                   # cell -> dir; words: the command; key: what makes it another command
+    local u h m s w d n
+    IFS=- read -r u h m s <<< "$1"
+    IFS=x read -r w d n <<< "$m"
+    dir="$OUT/$1" words=(--data "$DATA")
+    [ "$u" = uall ] || words+=(--users "${u#u}")
+    [ "$h" = hall ] || words+=(--hours-per-user "${h#h}")
+    words+=(--width "$w" --depth "$d" --heads "$n" --steps "$STEPS" --seed "${s#s}" $FLAGS)
+    key="pretrain.py ${words[*]} # ${prints[0]}"
+    words=("$PYTHON" "$code/pretrain.py" --out "$dir" --threads "$THREADS" "${words[@]}")
+}
+probing() {                                       # number of a probe -> words, key; after `pretraining`
+    words=("$PYTHON" "$code/finetune.py" "$dir" --data "${probes[$1]}" --mode probe)
+    key="finetune.py --data ${probes[$1]} --mode probe # ${prints[$1 + 1]}"
+}
+has_run() {                                       # file: `key` is among the commands that finished, and its file is there
+    local line
+    [ -s "$1" ] && [ -f "$dir/commands" ] && while IFS= read -r line; do [ "$line" = "$key" ] && return; done < "$dir/commands"
+    return 1
+}
+finished() {                                      # cell
+    local i
+    pretraining "$1"; has_run "$dir/result.json" || return
+    for i in "${!probes[@]}"; do probing "$i"; has_run "$dir/finetune/${probes[i]}-probe.json" || return; done
+}
+survey() {                                        # a line a cell: state, seconds left, name
+    local cell state took
+    for cell in "${grid[@]}"; do
+        state=to-do took=0
+        if finished "$cell"; then state=done; elif [ -f "$OUT/$cell/failed" ]; then state=failed; fi
+        [ ! -s "$OUT/$cell/seconds" ] || read -r took < "$OUT/$cell/seconds"
+        echo "$state $took $cell"
+    done | "$PYTHON" -c '
+import fcntl, sys
+def running(cell):
+    try: fcntl.flock(open(f"{sys.argv[1]}/{cell}/.sweep"), fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error: return isinstance(error, BlockingIOError)
+def flops(cell):                                  # a window, forward: patch 5, mask .75, decoder 64x1; model.py has the formula
+    W, D, heads = map(int, cell.split("-")[2].split("x"))
+    return 3160 * W + D * (480 * W * W + 1600 * W) + 5.67e6
+rows = [line.split() for line in sys.stdin]
+known = [(flops(cell), int(took)) for state, took, cell in rows if state == "done" and int(took)]
+for state, took, cell in rows:                    # cells of that model took so long; or else, all cells by their FLOPs
+    like = [(f, t) for f, t in known if f == flops(cell)] or known
+    left = round(flops(cell) * sum(t for f, t in like) / sum(f for f, t in like)) if like else "?"
+    print("running" if state == "to-do" and running(cell) else state, 0 if state == "done" else left, cell)' "$OUT"
+}
+progress() {                                      # the whole grid in a line
+    survey | awk -v jobs="$JOBS" '{ n[$1]++; left += $2 / jobs; if ($2 == "?") left = "?" } END {
+        printf "[%d of %d done, %d running, %d failed, ", n["done"], NR, n["running"], n["failed"]
+        if (left ~ /\?/) print "time left not known]"; else printf "%d:%02d left]\n", left / 60, left % 60 }'
+}
+
+# ---------------------------------------------------------------- working on them
+run() {                                           # words -> their exit status; a signal to this shell goes on to them
+    local status
+    "$@" & child=$!
+    [ -z "$stop" ] || kill -TERM $child 2>/dev/null
+    wait $child; status=$?
+    while kill -0 $child 2>/dev/null; do wait $child; status=$?; done         # a signal ends a wait, not the child
+    child=
+    return $status
+}
+step() {                                          # file: run `words` if that wasn't done, and note `key` when it is
+    has_run "$1" && return
+    echo "$(date '+%F %T') \$ ${words[*]}" >> "$dir/log.txt" && run "${words[@]}" >> "$dir/log.txt" 2>&1 && echo "$key" >> "$dir/commands"
+}
+attempt() {                                       # cell; file 9 is its lock -> 75 if another process has it
+    "$PYTHON" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null || return 75
+    local began=$SECONDS took=0 status i=0 said
+    pretraining "$1"; step "$dir/result.json"; status=$?
+    while [ $status = 0 ] && [ $i -lt ${#probes[@]} ]; do
+        probing $i; step "$dir/finetune/${probes[i]}-probe.json"; status=$?; i=$((i + 1))
+    done
+    [ ! -s "$dir/seconds" ] || read -r took < "$dir/seconds"
+    echo $((took += SECONDS - began)) > "$dir/seconds"
+    case $status in
+        75 | 130 | 143) return $status ;;         # busy; stopped: it has saved
+        0) if finished "$1"; then said="loss $(sed -n 's/^ *"loss": \([0-9.]*\).*/\1/p' "$dir/result.json") in $took s"
+           else status=1; echo "the commands ended well, but left no result" >> "$dir/log.txt"; fi ;;
+        137) echo "killed from outside. Out of memory? Fewer JOBS, or a smaller --batch in FLAGS" >> "$dir/log.txt" ;;
+    esac
+    [ $status = 0 ] || { echo $status > "$dir/failed"; said="FAILED with exit status $status; the last lines of $dir/log.txt:
+$(tail -n 5 "$dir/log.txt" | sed 's/^/    /')"; }
+    echo "$(date +%T) $(progress) $1: $said"
+}
+work() {                                          # one of the JOBS: whatever cell is free, until none is left
+    local todo=("${cells[@]}") busy cell
+    trap 'stop=1; [ -z "$child" ] || kill -TERM $child 2>/dev/null' TERM
+    while [ ${#todo[@]} -gt 0 ]; do
+        busy=()
+        for cell in "${todo[@]}"; do
+            finished "$cell" || [ -f "$OUT/$cell/failed" ] && continue
+            mkdir -p "$OUT/$cell" && attempt "$cell" 9>> "$OUT/$cell/.sweep" # locked until all that have it open have ended
+            [ $? != 75 ] || busy+=("$cell")
+            [ -z "$stop" ] || return
+        done
+        todo=("${busy[@]}")
+        [ ${#todo[@]} = 0 ] || run sleep 2
+        [ -z "$stop" ] || return
+    done
+}
+
+# ---------------------------------------------------------------- the sweep
+probes=($PROBES) prints=("$(fingerprint "$DATA")")
+for p in "${probes[@]}"; do prints+=("$(fingerprint "$p")"); done
+if [ "${1-}" = --list ]; then
+    survey | while read -r state left cell; do
+        pretraining "$cell"; line="${words[*]}"
+        for i in "${!probes[@]}"; do probing "$i"; line="$line; ${words[*]}"; done
+        printf '%-7s %6s s left  %-24s %s\n' "${state/-/ }" "$left" "$cell" "$line"
+    done
+    progress >&2
+    exit
+fi
+
+leave() { stop=$1; kill -TERM $child "${workers[@]}" 2>/dev/null; }          # children save and end, then so does this
+trap 'leave 130' INT; trap 'leave 143' TERM; trap 'leave 129' HUP
+trap 'requeue=1; leave 143' USR1                  # Slurm, a minute before the time limit; from scancel comes TERM
+stopped() {                                       # the end, if there was a signal
+    [ -n "$stop" ] || return
+    echo "sweep.sh: stopped; what ran has saved, and the same command goes on" >&2
+    [ -z "$requeue" ] || scontrol requeue "$SLURM_JOB_ID"
+    exit "$stop"
+}
+unfinished() { for cell in "$@"; do finished "$cell" || echo "$cell"; done; }
+
+"$PYTHON" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("torch"))' ||
+    refuse "'$PYTHON' has no PyTorch: pip install -r requirements.txt, or set PYTHON to one that has"
+for set in ${DATA//+/ } ${PROBES//+/ }; do
+    [ -f "data/$set/meta.json" ] || run "$PYTHON" "$code/data.py" "$set" || { stopped; refuse "the data set '$set' isn't there"; }
+done
+prints=(); for p in "$DATA" "${probes[@]}"; do prints+=("$(fingerprint "$p")"); done
+mkdir -p "$OUT" || refuse "$OUT can't be made"
+for cell in "${cells[@]}"; do rm -f "$OUT/$cell/failed"; done
+echo "$(date +%T) $(progress) $OUT, $JOBS at a time, $THREADS threads each"
+
+for ((j = 0; j < JOBS && j < ${#cells[@]}; j++)); do work & workers+=($!); done
+exec 8> >(trap '' INT TERM HUP; read -r _ || kill -TERM "${workers[@]}" 2>/dev/null)    # if this is killed (-9), end them
+for w in "${workers[@]}"; do
+    while kill -0 "$w" 2>/dev/null; do wait "$w"; done
+done
+echo over >&8; exec 8>&-; workers=()
+stopped
+
+open=$(unfinished "${cells[@]}")
+[ -z "$open" ] || { echo "sweep.sh: not done: "$open"; $OUT/CELL/log.txt says why, and the same command tries again" >&2; exit 1; }
+[ -z "$(unfinished "${grid[@]}")" ] || exit 0     # other tasks of the job array are still to come
+run "$PYTHON" "$code/fit_laws.py" "$OUT" --out "$RESULTS"; fitted=$?
+stopped
+[ $fitted = 0 ] || [ $fitted = 2 ]                # 2: the grid is too small to carry a law; its table is written
