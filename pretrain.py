@@ -12,7 +12,7 @@ alone, so a checkpoint holds no random state and a run over N processes sees the
 """
 import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")              # before torch: idle threads sleep, cells side by side share cores
-import argparse, ctypes, fcntl, functools, hashlib, json, math, platform, signal, sys, time
+import argparse, ctypes, fcntl, functools, hashlib, io, json, math, platform, signal, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -102,15 +102,15 @@ def evaluate(model, held, normalise):
 
 
 def train(model, forward, optimizers, batch_at, held, a, state, save, stopped):
-    """From state["step"] to the last step, or until `stopped()`; state["history"] gets a line each evaluation.
+    """From state["step"] to the last step, or to the next if `stopped()`; state["history"] gets a line each evaluation.
 
     `forward` is the model as it is called in training (compiled, over several processes), `batch_at(step)` gives (windows,
     keep, masked), `save()` keeps `state`. Raises Refused, with the last good checkpoint kept, where the loss is no number.
     """
     device, normalise, began, saved = held[0][0].device, a.target == "window", time.monotonic(), time.monotonic()
     marks = {round(i * a.steps / a.evaluations) for i in range(1, a.evaluations + 1)}
-    before, first, unread = state["seconds"], state["step"], []
-    while state["step"] < a.steps and not stopped():
+    before, first, unread, stop = state["seconds"], state["step"], [], False
+    while state["step"] < a.steps and not stop:
         for o in optimizers:
             o.param_groups[0]["lr"] = o.param_groups[0]["peak"] * schedule(state["step"], a.steps)
         with torch.autocast(device.type, torch.bfloat16, enabled=a.precision == "bf16"):
@@ -120,9 +120,10 @@ def train(model, forward, optimizers, batch_at, held, a, state, save, stopped):
             o.step()
             o.zero_grad()
         state["step"] += 1
+        stop = stopped()
         unread.append(loss.detach())
         due, mark = time.monotonic() - saved > 10, state["step"] in marks
-        if device.type == "cpu" or due or mark or stopped() or len(unread) == 20:    # reading a loss makes a GPU wait
+        if device.type == "cpu" or due or mark or stop or len(unread) == 20:    # reading a loss makes a GPU wait
             values = torch.stack(unread).tolist()
             for i, value in enumerate(values):
                 if not math.isfinite(value):
@@ -133,6 +134,9 @@ def train(model, forward, optimizers, batch_at, held, a, state, save, stopped):
             state["seconds"] = before + time.monotonic() - began
         if mark:
             choose, measure = evaluate(model, held, normalise)
+            if not math.isfinite(choose + measure):
+                raise Refused(f"the held-out loss is {choose + measure} after step {state['step']}: choose a lower --lr; the last "
+                              "good checkpoint is kept")
             if not state["history"] or choose < min(line["choose"] for line in state["history"]):
                 state["best"] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
             state["history"].append({"step": state["step"], "train_loss": sum(state["recent"]) / len(state["recent"]),
@@ -141,7 +145,7 @@ def train(model, forward, optimizers, batch_at, held, a, state, save, stopped):
             speed = (state["step"] - first) / (time.monotonic() - began)
             print(f"step {state['step']:6d}/{a.steps}  train {state['history'][-1]['train_loss']:.4f}  held-out {measure:.4f}  "
                   f"{speed * a.batch:7,.0f} windows/s  {clock((a.steps - state['step']) / speed)} left", flush=True)
-        if due or state["step"] == a.steps or stopped():
+        if due or state["step"] == a.steps or stop:
             if not all(p.isfinite().all() for p in model.parameters()):
                 raise Refused(f"a weight is no number after step {state['step']}: choose a lower --lr; the last good checkpoint is kept")
             save()
@@ -163,9 +167,11 @@ def digest(state):
 
 
 def save_checkpoint(run, state):
-    """Write to a temporary name, then rename; the checkpoint before stays as checkpoint.prev.pt."""
+    """Write to a temporary name, then rename; the checkpoint before stays as checkpoint.prev.pt. OSError on a full disk."""
+    content = io.BytesIO()                                       # a full disk shows as OSError; torch's own writer hides it
+    torch.save({**state, "digest": digest(state)}, content)
     with replacing(run / "checkpoint.pt") as temporary:
-        torch.save({**state, "digest": digest(state)}, temporary)
+        temporary.write_bytes(content.getbuffer())
         if (run / "checkpoint.pt").exists():
             os.replace(run / "checkpoint.pt", run / "checkpoint.prev.pt")
 
@@ -179,6 +185,8 @@ def load_checkpoint(run, device="cpu"):
         try:
             state = torch.load(run / name, map_location=device, weights_only=True)
             if state.pop("digest") == digest(state):
+                if damaged:
+                    print(f"{damaged[0]} is passed over; the one before it is whole", file=sys.stderr)
                 return state
             damaged.append(f"{name} (its content is not what was written)")
         except Exception as error:                               # torch raises whatever its zip reader and unpickler do
@@ -199,6 +207,8 @@ def load_run(run):
     config = json.loads((run / "config.json").read_text())
     if config["model"] != state["config"]["model"]:
         raise Refused(f"the checkpoint in {run} is of another architecture than its config.json: {state['config']['model']}")
+    if not state["best"]:
+        raise Refused(f"{run} was stopped before its first evaluation: let pretrain.py finish it")
     model = MAE(**config["model"])
     model.load_state_dict(state["best"])
     return model.eval(), config
@@ -213,6 +223,8 @@ def lock(run):
     except BlockingIOError:
         print(f"pretrain.py: another process is working on {run}", file=sys.stderr)
         sys.exit(BUSY)
+    for leftover in run.glob(".*.tmp*"):                         # of a process that was killed while it wrote
+        leftover.unlink()
     return handle
 
 
@@ -298,25 +310,28 @@ def parse_flags():
     g = p.add_argument_group("run")
     g.add_argument("--evaluations", type=int, default=20, help="how often the held-out loss is taken; one is the best step")
     g.add_argument("--out", default="runs/pretrain", help="folder of this run; the same command goes on in it")
-    return p.parse_args()
+    a = p.parse_args()
+    if a.seed < 0:
+        raise Refused(f"--seed {a.seed} is too small: 0 at least")
+    return a
 
 
 def check_flags(a, prepared, trainable, world):
     """Raise Refused, with a sentence, for what can't be run."""
     samples = prepared.windows.shape[2]
     for name, low in (("users", 1), ("width", 2), ("depth", 1), ("heads", 1), ("patch", 1), ("decoder_width", 2), ("batch", 1),
-                      ("decoder_depth", 1), ("steps", 1), ("evaluations", 1)):
+                      ("decoder_depth", 1), ("steps", 1), ("evaluations", 1), ("threads", 0)):
         if getattr(a, name) is not None and getattr(a, name) < low:
             raise Refused(f"--{name.replace('_', '-')} {getattr(a, name)} is too small: {low} at least")
     if a.users and a.users > len(trainable):
         raise Refused(f"--users {a.users} is more than the {len(trainable)} training users of {a.data} "
                       f"({len(prepared.meta['users'])} less those held out)")
-    if a.hours_per_user is not None and not a.hours_per_user * 3600 >= prepared.meta["seconds"]:
-        raise Refused(f"--hours-per-user {a.hours_per_user} is less than one window of {prepared.meta['seconds']} s")
+    if a.hours_per_user is not None and not prepared.meta["seconds"] <= a.hours_per_user * 3600 < math.inf:
+        raise Refused(f"--hours-per-user {a.hours_per_user} is not a time of one window ({prepared.meta['seconds']} s) or more")
     if samples % a.patch:
         raise Refused(f"--patch {a.patch} doesn't divide the window of {samples} samples: choose a divisor")
     tokens = samples // a.patch * (2 if a.sensors == "both" else 1)
-    if not 0 < round(tokens * a.mask_ratio) < tokens:
+    if not 0 < a.mask_ratio < 1 or not 0 < round(tokens * a.mask_ratio) < tokens:
         raise Refused(f"--mask-ratio {a.mask_ratio} leaves nothing to see or nothing to guess of {tokens} tokens")
     if a.batch % world:
         raise Refused(f"--batch {a.batch} can't be shared evenly by {world} processes")
@@ -355,7 +370,7 @@ def main():
     a = parse_flags()
     run, rank, world = Path(a.out), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(a.device)
-    torch.set_num_threads(a.threads or os.cpu_count())
+    torch.set_num_threads(a.threads if a.threads > 0 else max(1, os.cpu_count() // world))
     keep_memory()
     a.precision = choose_precision(a.precision, device)
     a.lr = LEARNING_RATE[a.optimizer] if a.lr is None else a.lr
@@ -371,15 +386,16 @@ def main():
 
     if rank == 0:
         held_lock = lock(run)                                    # open, so held, until this process ends
-        if (run / "config.json").exists():
-            changed = differences(json.loads((run / "config.json").read_text()), config)
-            if changed:
-                raise Refused(f"{run} holds another run ({changed}): choose another --out, or delete that folder")
-        if (run / "result.json").exists():
+    if (run / "config.json").exists():
+        changed = differences(json.loads((run / "config.json").read_text()), config)
+        if changed:
+            raise Refused(f"{run} holds another run ({changed}): choose another --out, or delete that folder")
+    if (run / "result.json").exists():                           # all processes leave, or one would wait for the others
+        if rank == 0:
             print(f"{run} is done: loss {json.loads((run / 'result.json').read_text())['loss']:.4f}")
-            return
-        if not (run / "config.json").exists():
-            write_json(run / "config.json", config)
+        return
+    if rank == 0 and not (run / "config.json").exists():
+        write_json(run / "config.json", config)
 
     users = trainable[:a.users]
     rows = draw_windows(prepared, users, a.hours_per_user, a.seed)
@@ -424,13 +440,22 @@ def main():
     got = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, frame: got.append(received))
+
+    def stopped():
+        """Whether a signal came; several processes agree on it, so that all leave at the same step."""
+        if world > 1:
+            signals = torch.tensor(len(got), device=device)
+            dist.all_reduce(signals)
+            got.extend([signal.SIGTERM] * (signals.item() > len(got)))
+        return bool(got)
+
     if rank == 0:
         print(f"{a.data}: {len(rows)} windows of {len(users)} users -> {a.width}x{a.depth}x{a.heads}, "
               f"{parameters(model)[1]:,} encoder parameters, on {device}; baseline {baseline:.4f}", flush=True)
     try:
-        train(model, forward, optimizers, batch_at, held, a, state, save, lambda: bool(got))
+        train(model, forward, optimizers, batch_at, held, a, state, save, stopped)
     except (MemoryError, RuntimeError) as error:                 # torch says it differently on a CPU and on a GPU
-        if "memory" not in str(error):
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         raise Refused(f"out of memory on {device}: lower --batch, --width or --depth, or take --precision bf16") from None
     if got and state["step"] < a.steps:

@@ -1,0 +1,17 @@
+"""Tests marked `slow` take minutes and run only by name: python -m pytest -m slow"""
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent))            # so that `pytest` alone finds the modules, too
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes; run by hand with -m slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "slow" in item.keywords and "slow" not in config.getoption("-m"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes: python -m pytest -m slow"))

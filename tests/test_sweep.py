@@ -1,0 +1,295 @@
+"""Nothing that hits a run or a sweep loses a cell or changes a number: kills, faults, two at once, a cluster.
+
+A run of pretrain.py is cut off, torn and starved for real. What sweep.sh does with its cells is shown on stand-ins for the
+four scripts, which count steps instead of learning; with the real ones it is killed 20 times by `python -m pytest -m slow`.
+"""
+import contextlib
+import csv
+import fcntl
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import pretrain
+
+CODE = Path(pretrain.__file__).parent
+ENVIRONMENT = {**{name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH") if name in os.environ},
+               "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+SHAPE = ["--patch", "20", "--batch", "16", "--decoder-width", "16", "--precision", "fp32"]
+TINY = ["--width", "8", "--depth", "1", "--heads", "2", *SHAPE, "--threads", "1", "--device", "cpu", "--steps", "800"]
+
+
+# ---------------------------------------------------------------- one run
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a small simulated set in data/, where the commands run."""
+    home = tmp_path_factory.mktemp("home")
+    subprocess.run([sys.executable, CODE / "data.py", "simulated", "--users", "8", "--hours-per-user", "0.05"], cwd=home, check=True)
+    return home
+
+
+def start(home, out, *flags):
+    return subprocess.Popen([sys.executable, CODE / "pretrain.py", *TINY, *flags, "--out", out], cwd=home, env=ENVIRONMENT,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def interrupt(home, out, number, step):
+    """Run the command until it prints a step of `step` or later, send it the signal: its exit status and stderr."""
+    process = start(home, out)
+    for line in process.stdout:
+        if line.startswith("step") and int(line.split()[1].split("/")[0]) >= step:
+            process.send_signal(number)
+            break
+    return process.wait(), process.communicate()[1]
+
+
+def inside(monkeypatch, capsys, home, out, *flags):
+    """The same command inside this process, which saves its start: exit status and stderr."""
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *TINY, *flags, "--out", str(out)])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as left:
+        data.command(pretrain.main)
+    return left.value.code or 0, capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def runs(home):
+    """Two runs of one command: `whole` was left alone; `cut` got TERM, KILL and Ctrl-C, then went on to its end. `middle` is
+    what lay on disk before that last start: the checkpoint of Ctrl-C, and the one of TERM before it."""
+    whole = start(home, "runs/whole")
+    said = {number: interrupt(home, "runs/cut", number, step)
+            for number, step in ((signal.SIGTERM, 80), (signal.SIGKILL, 240), (signal.SIGINT, 320))}
+    shutil.copytree(home / "runs/cut", home / "runs/middle")
+    last = start(home, "runs/cut")
+    assert (whole.wait(), last.wait()) == (0, 0)
+    return said
+
+
+def outcome(run):
+    """Everything that must not depend on what happened on the way."""
+    result = json.loads((run / "result.json").read_text())
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    tensors = {f"{part}.{name}": tensor.tolist() for part in ("model", "best") for name, tensor in state[part].items()}
+    return result["loss"], result["loss_last"], [{**line, "seconds": None} for line in lines], tensors
+
+
+def test_a_run_cut_off_at_any_moment_goes_on_to_the_same_bits(home, runs):
+    assert runs[signal.SIGTERM][0] == 128 + 15 and runs[signal.SIGINT][0] == 128 + 2 and runs[signal.SIGKILL][0] == -9
+    assert "the same command goes on" in runs[signal.SIGTERM][1] and "saved" in runs[signal.SIGINT][1]
+    assert outcome(home / "runs/cut") == outcome(home / "runs/whole")
+    assert not list((home / "runs/cut").glob(".*.tmp*")), "nothing half-written is left"
+
+
+@pytest.mark.parametrize("damage", ["cut short", "one bit", "empty"])
+def test_of_a_torn_checkpoint_the_one_before_is_used(home, runs, tmp_path, damage):
+    run = shutil.copytree(home / "runs/middle", tmp_path / "run")
+    newest, before = (torch.load(run / name, weights_only=True)["step"] for name in ("checkpoint.pt", "checkpoint.prev.pt"))
+    content = bytearray((run / "checkpoint.pt").read_bytes())
+    if damage == "one bit":
+        content[content.index(b"model/data/0") + 400 if b"model/data/0" in content else len(content) // 2] ^= 1
+    (run / "checkpoint.pt").write_bytes({"cut short": content[:len(content) // 2], "one bit": content, "empty": b""}[damage])
+    assert pretrain.load_checkpoint(run)["step"] == before < newest
+    (run / "checkpoint.prev.pt").write_bytes(b"")
+    with pytest.raises(data.Refused, match="no checkpoint in .* can be read"):
+        pretrain.load_checkpoint(run)
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_torn_one_to_the_same_bits(home, runs, monkeypatch, capsys):
+    run = shutil.copytree(home / "runs/middle", home / "runs/torn")
+    os.truncate(run / "checkpoint.pt", 5000)
+    assert inside(monkeypatch, capsys, home, "runs/torn")[0] == 0
+    assert outcome(run) == outcome(home / "runs/whole")
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(home, runs, monkeypatch, capsys):
+    run = shutil.copytree(home / "runs/middle", home / "runs/nan")
+    schedule, step = pretrain.schedule, pretrain.load_checkpoint(run)["step"]
+    monkeypatch.setattr(pretrain, "schedule", lambda at, steps: float("nan") if at == step + 3 else schedule(at, steps))
+    status, said = inside(monkeypatch, capsys, home, "runs/nan")
+    assert status == 2 and f"nan at step {step + 5}" in said and "--lr" in said
+    assert pretrain.load_checkpoint(run)["step"] == step and not (run / "result.json").exists()
+
+
+def test_data_that_changed_under_a_run_are_noticed(home, runs, tmp_path, monkeypatch, capsys):
+    shutil.copytree(home / "data", tmp_path / "data")
+    shutil.copytree(home / "runs/middle", tmp_path / "runs/middle")
+    with open(tmp_path / "data/simulated/windows.npy", "r+b") as file:
+        file.seek(5000)
+        file.write(b"other people's data")
+    status, said = inside(monkeypatch, capsys, tmp_path, "runs/middle")
+    assert status == 2 and "changed after it was prepared" in said
+    meta = json.loads((home / "data/simulated/meta.json").read_text())
+    windows, users, labels = (data.np.load(tmp_path / f"data/simulated/{part}.npy") for part in ("windows", "users", "labels"))
+    meta["fingerprint"] = data.fingerprint(windows, users, labels)                    # as if prepared anew from other recordings
+    (tmp_path / "data/simulated/meta.json").write_text(json.dumps(meta))
+    status, said = inside(monkeypatch, capsys, tmp_path, "runs/middle")
+    assert status == 2 and "holds another run (fingerprint" in said
+
+
+def test_a_run_that_another_process_works_on_is_left_alone(home, runs, monkeypatch, capsys):
+    run = shutil.copytree(home / "runs/middle", home / "runs/busy")
+    with open(run / ".lock") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert inside(monkeypatch, capsys, home, "runs/busy")[0] == pretrain.BUSY
+
+
+def test_two_processes_get_the_loss_of_one(home, monkeypatch, capsys):
+    flags = ["--steps", "40", "--optimizer", "adamw"]             # Muon's products are in bf16, which makes roundings grow
+    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}",
+                          CODE / "pretrain.py", *TINY, *flags, "--out", "runs/two"], cwd=home, env=ENVIRONMENT, capture_output=True, text=True)
+    assert two.returncode == 0, two.stderr
+    assert inside(monkeypatch, capsys, home, "runs/one", *flags)[0] == 0
+    one, two = (json.loads((home / "runs" / name / "result.json").read_text()) for name in ("one", "two"))
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-4) and two["loss_last"] == pytest.approx(one["loss_last"], rel=1e-4)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, of the size that `resize(bytes)` gives it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"a small file system can't be mounted here: {made.stderr.strip()}")
+    try:
+        yield disk, lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", disk], check=True)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_stops_a_run_in_a_sentence_and_loses_nothing(home, runs, small_disk, monkeypatch, capsys):
+    disk, resize = small_disk
+    for name in ("config.json", "checkpoint.pt"):
+        shutil.copy(home / "runs/middle" / name, disk)
+    resize(int((disk / "checkpoint.pt").stat().st_size * 1.6))    # room for this checkpoint, not for the next beside it
+    step = pretrain.load_checkpoint(disk)["step"]
+    status, said = inside(monkeypatch, capsys, home, disk)
+    assert status == 2 and "No space left" in said and len(said.strip().splitlines()) == 1
+    assert pretrain.load_checkpoint(disk)["step"] == step and not list(disk.glob(".*.tmp*"))
+    resize(8 << 20)
+    assert inside(monkeypatch, capsys, home, disk)[0] == 0
+    assert outcome(disk) == outcome(home / "runs/whole")
+
+
+# ---------------------------------------------------------------- a sweep, from data to laws
+def sweep(code, home, *arguments, **variables):
+    """Start `bash sweep.sh`, with everything it says in one text, in a process group of its own."""
+    return subprocess.Popen(["bash", code / "sweep.sh", *arguments], cwd=home, env={**ENVIRONMENT, "JOBS": "2", **variables},
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def finish(process):
+    said = process.communicate(timeout=900)[0]
+    return process.returncode, said
+
+
+def table(home, out="grid"):
+    with open(home / "results" / out / "results.csv") as file:
+        return {row["name"]: {key: value for key, value in row.items() if "second" not in key} for row in csv.DictReader(file)}
+
+
+def test_a_sweep_goes_from_data_to_a_table_and_with_enough_cells_to_a_law(tmp_path, home):
+    shutil.copytree(home / "data", tmp_path / "data")
+    grid = dict(HOURS="all", MODELS="8x1x2", STEPS="30", FLAGS=" ".join([*SHAPE, "--evaluations", "2"]), OUT="runs/grid")
+    status, said = finish(sweep(CODE, tmp_path, USERS="2 4", **grid))
+    assert status == 0, said
+    assert [row["users"] for row in table(tmp_path).values()] == ["2", "4"], said
+    first = (tmp_path / "runs/grid/u2-hall-8x1x2-s0/result.json").stat().st_mtime_ns
+    status, said = finish(sweep(CODE, tmp_path, USERS="1 2 3 4 6", **grid))
+    laws = json.loads((tmp_path / "results/grid/laws.json").read_text())
+    assert status == 0 and laws["laws"][0]["x"] == ["users"] and "users" in said
+    rows = table(tmp_path)
+    assert len(rows) == 5 and all(0 <= float(row["simulated_macro_f1"]) <= 1 for row in rows.values())
+    assert (tmp_path / "runs/grid/u2-hall-8x1x2-s0/result.json").stat().st_mtime_ns == first, "what is done is not done again"
+
+
+# ---------------------------------------------------------------- what sweep.sh does with cells, on stand-ins
+STAND_INS = {
+    "data.py": """
+import json, os, sys
+if sys.argv[1] != "simulated": sys.exit(f"there is no data set '{sys.argv[1]}'")
+os.makedirs("data/simulated", exist_ok=True)
+json.dump({"fingerprint": "f00d"}, open("data/simulated/meta.json", "w"), indent=1)
+""",
+    "pretrain.py": """
+import fcntl, json, os, signal, sys, time
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+run, config = flags["--out"], " ".join(v for k, v in flags.items() if k not in ("--out", "--threads"))
+print("started", file=open(run + "/starts", "a"))
+lock = open(run + "/.lock", "w")
+try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError: sys.exit(75)
+if flags["--users"] == "99" and not os.path.exists("many"): print("--users 99 is more than there are"), sys.exit(2)
+def write(name, text):
+    open(run + "/temporary", "w").write(text); os.replace(run + "/temporary", run + "/" + name)
+if not os.path.exists(run + "/config"): write("config", config)
+if open(run + "/config").read() != config: print("holds another run"), sys.exit(2)
+if os.path.exists(run + "/result.json"): sys.exit(0)
+got = []
+signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
+step, loss = json.load(open(run + "/state")) if os.path.exists(run + "/state") else (0, int(flags["--users"]))
+while step < int(flags["--steps"]):
+    time.sleep(.01)
+    step, loss = step + 1, (31 * loss + step) % 9973
+    if got or step % 20 == 0: write("state", json.dumps([step, loss]))
+    if got: print("saved at", step), sys.exit(143)
+write("result.json", json.dumps({"loss": loss}, indent=1))
+print(run, file=open("trained", "a"))
+""",
+    "finetune.py": """
+import fcntl, os, sys, time
+os.makedirs(sys.argv[1] + "/finetune", exist_ok=True)
+fcntl.flock(lock := open(sys.argv[1] + "/finetune/lock", "w"), fcntl.LOCK_EX | fcntl.LOCK_NB)
+result = sys.argv[1] + "/finetune/" + sys.argv[3] + "-probe.json"
+if os.path.exists(result): sys.exit(0)
+time.sleep(.1)
+open(result, "w").write("{}")
+print(sys.argv[1], file=open("probed", "a"))
+""",
+    "fit_laws.py": """
+import glob, json, os, sys
+os.makedirs(sys.argv[3], exist_ok=True)
+rows = [(path.split("/")[2], json.load(open(path))["loss"]) for path in sorted(glob.glob(sys.argv[1] + "/*/result.json"))]
+open(sys.argv[3] + "/results.csv", "w").write("name,loss\\n" + "".join(f"{n},{l}\\n" for n, l in rows))
+"""}
+GRID = dict(USERS="2 3 5", HOURS="0.1 0.2", MODELS="8x1x2", STEPS="60", OUT="runs/grid")
+
+
+@pytest.fixture
+def stand_ins(tmp_path):
+    """A folder with sweep.sh and the stand-ins, and an empty one to run in."""
+    (code := tmp_path / "code").mkdir()
+    (home := tmp_path / "home").mkdir()
+    for name, text in STAND_INS.items():
+        (code / name).write_text(text)
+    shutil.copy(CODE / "sweep.sh", code)
+    return code, home
+
+
+def lines(path):
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def state_of(cell):
+    return json.loads((cell / "state").read_text())[0] if (cell / "state").exists() else 0
+
+
+def still_running(home):
+    """Processes whose working directory is `home`."""
+    found = subprocess.run(["lsof", "-t", "+d", home], capture_output=True, text=True) if shutil.which("lsof") else None
+    if found:
+        return found.stdout.split()
+    return [p.name for p in Path("/proc").glob("[0-9]*") if os.path.exists(p / "cwd") and os.readlink(p / "cwd") == str(home)]
