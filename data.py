@@ -2,7 +2,7 @@
 Recordings to windows: every data set of the study, cut the same way.
 
     archive, folder or simulation    irregular stamps, 20-200 Hz, g or m/s^2, rad/s or deg/s, one sensor a file or both
-      -> recording (n, 6) at 20 Hz   both sensors on one clock, anti-aliased; acceleration in g (gravity included), rad/s
+      -> recording (n, 6) at 20 Hz   both sensors on one clock, anti-aliased; g (gravity included) and rad/s
       -> windows (n, C, T)           10 s = 200 samples, no overlap; none crosses a user, recording, gap or label change
       -> data/NAME/                  windows.npy float16, users.npy, labels.npy (-1: none), meta.json
 
@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-RATE, SECONDS = 20, 10                                           # Hz, s: a window is 200 samples (UCI HAR: as published)
+RATE, SECONDS = 20, 10                                           # Hz, s: a window is 200 samples
 CHANNELS = ["acc_x", "acc_y", "acc_z", "gyro_x", "gyro_y", "gyro_z"]
 GRAVITY = 9.80665                                                # m/s^2 in 1 g
 GAP = 0.5                                                        # s without a sample: the recording is cut there
@@ -42,7 +42,7 @@ class Source:
     text: str                                                    # what it is
     parse: str                                                   # the function below that reads one part, mostly a user
     members: str = ""                                            # what to read of the archives; group 1 names the part
-    archives: tuple = ()                                         # addresses, or a file name where there is no lasting one
+    archives: tuple = ()                                         # addresses, or a name where there is none that lasts
     user: str = "{}"                                             # the user's name, from the part's
     classes: tuple = ()                                          # label i is classes[i]; (): codes the recordings bear
     length: int = RATE * SECONDS                                 # samples a window
@@ -85,19 +85,19 @@ SOURCES = {
                        r"/50Hz/[DF]\d+/U(\d+)_R\d+_(?:accel|gyro)\.csv$",
                        ("https://github.com/joaojtmarques/WEDA-FALL/archive/refs/heads/main.zip#/WEDA-FALL-main.zip",),
                        "wedafall_{:0>2}"),
-    "hapt": Source("HAPT (Reyes-Ortiz 2016): the people of UCI HAR (never pre-train on one and test on the other), 50 Hz",
+    "hapt": Source("HAPT (Reyes-Ortiz 2016): the people of UCI HAR (never train on one, test on the other), 50 Hz",
                    "hapt", r"RawData/(?:acc|gyro)_exp\d+_user(\d+)\.txt$",
                    (UCI + "341/smartphone+based+recognition+of+human+activities+and+postural+transitions.zip",),
                    "hapt_{:0>2}", HAPT),
     "pool": Source("the five corpora dsads motionsense sisfall uschad wedafall, unlabelled: 109 users", "pool"),
 }
 POOL = ("dsads", "motionsense", "sisfall", "uschad", "wedafall")
-CHECKSUMS = {"A_DeviceMotion_data.zip": "78f9957d9f4d0a4b6457461009e1f2e0453a872d"}  # git's name of it, where one is known
+CHECKSUMS = {"A_DeviceMotion_data.zip": "78f9957d9f4d0a4b6457461009e1f2e0453a872d"}  # git's name of the file
 
 
 # ---------------------------------------------------------------- what every command of this project shares
 class Refused(Exception):
-    """Input that can't be used: one sentence that says what, where, and what to do. Commands print it and exit with 2."""
+    """Input that can't be used: one sentence that says what, where, and what to do. Commands print it, exit 2."""
 
 
 def command(main):
@@ -109,7 +109,7 @@ def command(main):
         sys.exit(2)
     except OSError as error:                                     # a full disk, a folder that can't be written to
         print(f"{Path(sys.argv[0]).name}: {error.strerror or error} ({error.filename or 'while writing'}); nothing "
-              "finished was touched: make room or choose another place, and run the same command again", file=sys.stderr)
+              "finished was touched: make room or choose another place, and run the command again", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{Path(sys.argv[0]).name}: stopped by you; the same command goes on", file=sys.stderr)
@@ -138,8 +138,10 @@ def write_json(path, content):
 
 def provenance():
     """What made a result: the git commit (with `+` if files were changed since) and the versions it ran on."""
-    here = ["git", "-C", str(Path(__file__).parent)]
-    git = lambda *words: subprocess.run([*here, *words], capture_output=True, text=True).stdout if shutil.which("git") else ""
+    def git(*words):
+        if shutil.which("git") is None:
+            return ""
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True).stdout
     changed = "+" if git("status", "--porcelain", "--untracked-files=no").strip() else ""
     versions = {name: metadata.version(name) for name in ("torch", "numpy", "scipy")}
     return {"commit": git("rev-parse", "HEAD").strip() + changed, "python": platform.python_version(), **versions}
@@ -147,11 +149,11 @@ def provenance():
 
 # ---------------------------------------------------------------- from irregular stamps to windows
 def in_order(t, x):
-    """Indices of rows whose stamps increase: the longest such subsequence, so that a wild stamp costs its own row only."""
+    """Indices of rows whose stamps increase, as many as can be: a wild stamp costs its own row only."""
     whole = np.flatnonzero(np.isfinite(t) & np.isfinite(x).all(1))
     if np.all(np.diff(t[whole]) > 0):
         return whole
-    ends, rows, before = [], [], {}                              # ends[k]: smallest stamp that ends k + 1 increasing rows
+    ends, rows, before = [], [], {}                              # ends[k]: the smallest stamp that ends k + 1 rows
     for row in whole.tolist():
         k = bisect.bisect_left(ends, t[row])
         if ends[k:k + 1] == [t[row]]:                            # of a repeated stamp the first row counts
@@ -175,7 +177,7 @@ def unbroken(t, x):
 @functools.lru_cache
 def low_pass(k):
     """A filter of 1 s for 20 k Hz: half amplitude at 9 Hz, 60 dB down from 10.8 Hz on."""
-    from scipy.signal import firwin                              # here: other scripts import this file, and start faster
+    from scipy.signal import firwin                              # here, so that what imports this file starts fast
     return firwin(RATE * k + 1, CUTOFF, fs=RATE * k, window=("kaiser", 5.65))
 
 
@@ -209,8 +211,8 @@ def pieces(streams, shortest):
 
 
 def cut(recordings, length):
-    """Recordings (user, label or None, streams) to windows (n, C, length) float16; with them their users and labels (n,)
-    as text, and a count of what was left out and why. Streams that are text say why there are none."""
+    """Recordings (user, label or None, streams) to windows (n, C, length) float16, their users and labels (n,) as text,
+    and a count of what was left out and why. Streams that are text say why there are none."""
     windows, users, labels, left_out = [], [], [], Counter()
     for user, label, streams in recordings:
         some = [] if isinstance(streams, str) else list(pieces(streams, length))
@@ -250,7 +252,7 @@ def download(url, path, wait=1.0):
     part, by_hand = path.with_name(path.name + ".part"), f"fetch it by hand to {path}"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.parent / f".{urlsplit(url).hostname}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)                         # one download at a time per host, whoever else is at it
+        fcntl.flock(lock, fcntl.LOCK_EX)                         # one download at a time from a host
         for attempt in range(6):
             if path.is_file():
                 return
@@ -261,7 +263,7 @@ def download(url, path, wait=1.0):
                 problem = error
                 time.sleep(wait * 2 ** attempt)
         else:
-            raise Refused(f"{url} failed six times ({problem}); the same command goes on where it stopped, or {by_hand}")
+            raise Refused(f"{url} failed six times ({problem}); the same command goes on from there, or {by_hand}")
         name = hashlib.sha1(f"blob {part.stat().st_size}\0".encode())
         with open(part, "rb") as file:
             for block in iter(lambda: file.read(1 << 20), b""):
@@ -318,16 +320,18 @@ def open_zips(path):
         check(name.startswith(("/", "\\")) or ":" in name[:2] or ".." in re.split(r"[/\\]", name),
               f"its member '{name}' points outside of it")
     inflated = sum(info.file_size for info in infos)
-    check(inflated > 1 << 30 and inflated > 200 * Path(path).stat().st_size, f"it would inflate to {inflated >> 30} GiB")
+    check(inflated > max(1 << 30, 200 * Path(path).stat().st_size), f"it would inflate to {inflated >> 30} GiB")
     return zips
 
 
 def read(zips, name, limit=MEMBER_LIMIT):
-    """The bytes of member `name`, whichever of `zips` holds it. Raises Refused if it is missing, damaged or too large."""
+    """The bytes of member `name` of one of `zips`. Raises Refused if it is missing, damaged or too large."""
     z = next((z for z in zips if name in z.NameToInfo), None)
     try:
-        if z is None or z.getinfo(name).file_size > limit:       # zipfile never yields more than is declared here
-            raise ValueError("it is missing" if z is None else f"it would inflate to {z.getinfo(name).file_size >> 20} MiB")
+        if z is None:
+            raise ValueError("it is missing")
+        if z.getinfo(name).file_size > limit:                    # zipfile never yields more than is declared here
+            raise ValueError(f"it would inflate to {z.getinfo(name).file_size >> 20} MiB")
         return z.read(name)
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError) as error:
         raise Refused(f"{name} in {zips[0].filename} can't be read ({error}); remove the archive, and it is fetched "
@@ -341,12 +345,12 @@ def numbers(text, columns, name):
         try:
             return np.fromstring(text.replace(b",", b" "), sep=" ").reshape(-1, columns)
         except (DeprecationWarning, ValueError):
-            raise Refused(f"{name} is not {columns} columns of numbers; remove the archive, and it is fetched again") from None
+            raise Refused(f"{name} is not {columns} columns of numbers; fetch the archive again") from None
 
 
 # ---------------------------------------------------------------- a parser a format: yields (user, label, streams)
 def ucihar(split, names, read):
-    """Each published window is a recording of its own: 128 samples at 50 Hz, total acceleration in g, gyroscope rad/s."""
+    """Each published window is a recording: 128 samples at 50 Hz; total acceleration in g, gyroscope in rad/s."""
     folder = names[0][:names[0].index(f"/{split}/")] + f"/{split}"
     column = lambda what, n=1: numbers(read(f"{folder}/{what}_{split}.txt"), n, f"{what}_{split}.txt")
     users, labels = column("subject")[:, 0].astype(int), column("y")[:, 0].astype(int)
@@ -357,7 +361,7 @@ def ucihar(split, names, read):
 
 
 def wisdm(user, names, read):
-    """A file a sensor: `user,activity,timestamp_ns,x,y,z;`, m/s^2 and rad/s. Stamps, rates and activities may differ."""
+    """A file a sensor: `user,activity,timestamp_ns,x,y,z;`, m/s^2, rad/s. Stamps, rates, activities differ."""
     sensors = []
     for name in sorted(names):                                   # accel, then gyro
         text = np.frombuffer(read(name).replace(b";", b" "), np.uint8).copy()
@@ -390,7 +394,7 @@ def extrasensory(user, names, read, flags):
             labels = extrasensory_labels(read(name))
     for minute, sensors in sorted(minutes.items()):
         texts, streams = [read(sensors[sensor]) for sensor in sorted(sensors)], []           # acceleration first
-        with contextlib.suppress(Refused):                       # a failed recording is counted, a damaged archive refused
+        with contextlib.suppress(Refused):                       # a failed recording is counted
             streams = [(table[:, 0], table[:, 1:]) for table in (numbers(text, 4, "") for text in texts)]
         if len(sensors) < 2 or not streams:
             yield user, None, "recordings of one sensor only" if len(sensors) < 2 else "recordings that failed"
@@ -413,7 +417,7 @@ def extrasensory_labels(packed):
 
 
 def motionsense(user, names, read):
-    """Apple's two halves of acceleration put together again: gravity + userAcceleration, in g; rotation rate in rad/s."""
+    """Acceleration = gravity + userAcceleration, in g; rotationRate in rad/s."""
     for name in names:
         header, _, rows = read(name).partition(b"\n")
         header = header.decode().strip().split(",")
@@ -439,7 +443,7 @@ def dsads(user, names, read):
 
 
 def sisfall(user, names, read):
-    """Nine integers a line, of which: ADXL345 acceleration, 13 bits for 32 g; ITG3200 rotation, 16 bits for 4000 deg/s."""
+    """Nine integers a line: ADXL345 acceleration (13 bits, 32 g), ITG3200 rotation (16 bits, 4000 deg/s), and more."""
     for name in names:
         x = numbers(read(name).replace(b";", b" "), 9, name)[:, :6]
         x = x * ([32 / 2**13] * 3 + [np.deg2rad(4000 / 2**16)] * 3)
@@ -466,13 +470,13 @@ def hapt(user, names, read):
 
 
 def folder(user, names, read, flags):
-    """A user's own .npz (signal, rate [, segment, label]) or .csv (t, ax ay az [, gx gy gz] [, label]). Raises Refused."""
+    """Own recordings: .npz (signal, rate [, segment, label]) or .csv (t, ax ay az [, gx gy gz] [, label])."""
     path = Path(names[0])
     t, x, segment, label = (npz_rows if path.suffix == ".npz" else csv_rows)(path)
     holes = np.flatnonzero(~(np.isfinite(x).all(1) & np.isfinite(t)))
     if len(holes):
-        raise Refused(f"{path}: row {holes[0] + 1} has a value that is missing or infinite; leave such rows out (where more "
-                      f"than {GAP} s are missing the recording is cut)")
+        raise Refused(f"{path}: row {holes[0] + 1} has a value that is missing or infinite; leave such rows out (the "
+                      f"recording is cut where more than {GAP} s are missing)")
     x = np.hstack([x[:, :3] / (GRAVITY if flags["acc_unit"] == "m/s2" else 1),
                    x[:, 3:] * (np.pi / 180 if flags["gyro_unit"] == "deg/s" else 1)])
     g, fast = [np.median(np.linalg.norm(x[:, :3], axis=1)), np.quantile(np.abs(x), 0.95)] if len(x) else [1, 0]
@@ -484,12 +488,14 @@ def folder(user, names, read, flags):
     if fast > 35:
         raise Refused(f"{path}: angular velocity is often above 35 rad/s (2000 deg/s); say --gyro-unit deg/s")
     label, longest = np.where(label == "-1", "", label), 0
-    for rows in np.split(np.arange(len(t)), np.flatnonzero((segment[1:] != segment[:-1]) | (label[1:] != label[:-1])) + 1):
+    change = (segment[1:] != segment[:-1]) | (label[1:] != label[:-1])
+    for rows in np.split(np.arange(len(t)), np.flatnonzero(change) + 1):
         longest = max([longest, *(run[-1] - run[0] + 1 / RATE for run, _ in unbroken(t[rows], x[rows]))])
         yield user, str(label[rows[0]]) if len(rows) else None, [(t[rows], x[rows])]
     if longest < SECONDS - 1e-6:
-        step = f"stamps are {np.median(np.diff(t)):g} s apart and the" if len(t) > 1 else "the"
-        raise Refused(f"{path} has too few samples: {step} longest stretch without a gap is {longest:.1f} s, a window {SECONDS} s")
+        step = f" (stamps are {np.median(np.diff(t)):g} s apart)" if len(t) > 1 else ""
+        raise Refused(f"{path} has too few samples: a window is {SECONDS} s, the longest stretch without a gap "
+                      f"{longest:.1f} s{step}; leave this user out, or look at the column t")
 
 
 def npz_rows(path):
@@ -508,7 +514,8 @@ def npz_rows(path):
         raise Refused(f"{path}: 'rate' is {rate}; it must be one number, 5 to 10,000 samples a second")
     segment, label = content.get("segment", np.zeros(len(signal), int)), content.get("label", np.full(len(signal), ""))
     if not segment.shape == label.shape == (len(signal),):
-        raise Refused(f"{path}: 'segment' {segment.shape} and 'label' {label.shape} must be as long as 'signal' {signal.shape}")
+        raise Refused(f"{path}: 'segment' {segment.shape} and 'label' {label.shape} must be as long as 'signal', "
+                      f"{len(signal)}")
     return np.arange(len(signal)) / rate.item(), signal.astype(float), segment, label.astype(str)
 
 
@@ -546,9 +553,11 @@ HARMONICS = np.array([                                           # weights of 1 
     [0.5, 1.0, 0.2, 0.5, 0.1, 0.2], [0.8, 0.1, 0.3, 0.1, 0.1, 0.0], [0.2, 1.0, 0.3, 0.4, 0.1, 0.1],      # push x y z
     [0.8, 0.2, 0.2, 0.1, 0.0, 0.0], [0.4, 0.7, 0.2, 0.1, 0.1, 0.0], [1.0, 0.1, 0.2, 0.1, 0.0, 0.0]])     # turn x y z
 
+PHASES = np.arange(36).reshape(6, 6) ** 2 % 6.3                  # of each, rad: any will do
+
 
 def person(rng, spread):
-    """What makes a person: each trait is an average plus `spread` times a deviation. 0 makes clones, 1 a realistic crowd."""
+    """What makes a person: each trait is an average plus `spread` times a deviation; 0 makes clones, 1 a crowd."""
     vary = lambda average, deviation: average + spread * deviation * rng.standard_normal(np.shape(average))
     each = np.zeros(len(ACTIVITIES))
     return {
@@ -556,7 +565,7 @@ def person(rng, spread):
         "tempo": np.exp(vary(each, 0.1)),                        # in each activity
         "vigour": np.exp(vary(each, 0.25)),
         "posture": vary(np.zeros((len(each), 2)), 0.2),          # rad, beside the activity's lean and roll
-        "style": HARMONICS * np.exp(vary(np.zeros((6, 6)), 0.5) + 1j * vary(np.arange(36).reshape(6, 6) ** 2 % 6.3, 0.9)),
+        "style": HARMONICS * np.exp(vary(np.zeros((6, 6)), 0.5) + 1j * vary(PHASES, 0.9)),
         "habits": np.exp(vary(each, 0.5)),                       # how much of which activity
         "mount": vary(np.zeros(3), 0.5),                         # how the sensor is worn: rotation vector, rad
         "bias": vary(np.zeros(6), np.repeat([0.02, 0.01], 3)),   # of the sensors, g and rad/s
@@ -565,7 +574,7 @@ def person(rng, spread):
 
 
 def simulated(user, names, read, flags, rate=40.0):
-    """A person's day. Activities follow each other as a Markov chain, each for a minute on average, in multiples of 10 s.
+    """A person's day. Activities follow each other as a Markov chain, for a minute on average, in multiples of 10 s.
 
     In the body's frame (x forwards, y left, z up) the trunk leans and rolls, fidgets slowly, and in gait is turned and
     pushed by harmonics of the stride. The sensor feels gravity and push in its own frame, and the turning rate:
@@ -573,7 +582,7 @@ def simulated(user, names, read, flags, rate=40.0):
     """
     from scipy.spatial.transform import Rotation
     who = person(np.random.default_rng([flags["seed"], 22, int(user)]), flags["spread"])
-    rng = np.random.default_rng([flags["seed"], 23, int(user)])  # what happens to them: clones, too, live their own lives
+    rng = np.random.default_rng([flags["seed"], 23, int(user)])  # what happens: clones, too, live their own lives
     mount, left, now = Rotation.from_rotvec(who["mount"]), round(flags["hours_per_user"] * 3600 / SECONDS), None
     while left > 0:
         odds = [row[-1] * habit * (i != now) for i, (row, habit) in enumerate(zip(ACTIVITIES.values(), who["habits"]))]
@@ -582,57 +591,59 @@ def simulated(user, names, read, flags, rate=40.0):
         windows = min(left, rng.geometric(1 / 6))
         left -= windows
         n = int(windows * SECONDS * rate)
-        drift = lambda scale, *columns: scale * np.cumsum(rng.standard_normal((n, *columns)), axis=0) / np.sqrt(rate)
+        t = np.arange(n) / rate
         today = np.exp(rng.normal(0, [0.04, 0.12]))              # no two bouts are quite alike, in tempo and vigour
-        phase = 2 * np.pi * (who["strides"] * strides * who["tempo"][now] * today[0] * np.arange(n) / rate + drift(0.02))
+        jitter = 0.01 * np.cumsum(rng.standard_normal(n)) / np.sqrt(rate)
+        phase = 2 * np.pi * (who["strides"] * strides * who["tempo"][now] * today[0] * t + jitter)
         waves = (np.exp(1j * np.multiply.outer(phase, np.arange(1, 7))) @ who["style"].T).real             # (n, 6)
         waves *= np.repeat([push, turn], 3) * who["vigour"][now] * today[1]
-        angles = waves[:, 3:] + fidget * np.sin(drift(1.0, 3)) + rng.normal(0, 0.06, 3)
-        angles += [roll + who["posture"][now, 1], lean + who["posture"][now, 0], 0]
+        angles = waves[:, 3:] + fidget * np.sin(np.outer(t, rng.uniform(0.5, 4, 3)) + rng.uniform(0, 6, 3))
+        angles += rng.normal(0, 0.06, 3) + [roll + who["posture"][now, 1], lean + who["posture"][now, 0], 0]
         acc = mount.apply(Rotation.from_rotvec(angles).inv().apply([0, 0, 1]) + waves[:, :3])
         gyro = mount.apply(np.gradient(angles, 1 / rate, axis=0))
         x = np.hstack([acc, gyro]) + who["bias"] + who["noise"] * rng.standard_normal((n, 6))
-        yield user, label, [(np.arange(n) / rate, x)]
+        yield user, label, [(t, x)]
 
 
 # ---------------------------------------------------------------- preparing a set, part by part
 def parts_of(what, raw, flags):
-    """What a source is read by: {part: (source, names of files or members)}, in order. Mostly a user each. Raises Refused."""
+    """What a source is read by, mostly users, in order: {part: (parser, names of files or members)}. Raises Refused."""
+    parts = {}
     if what == "simulated":
         if flags["users"] < 1 or not flags["hours_per_user"] * 3600 >= SECONDS or not 0 <= flags["spread"] < math.inf:
             raise Refused("a population needs --users 1 or more, --hours-per-user 0.003 or more, --spread 0 or more")
         return {f"{user:03d}": (what, []) for user in range(flags["users"])}
     if what == "folder":
-        files = sorted(path for path in Path(raw).glob("[!.]*") if path.suffix in (".npz", ".csv"))
-        parts = {path.stem: (what, [str(path)]) for path in files}
-        if len(parts) < len(files):
-            raise Refused(f"{raw} has a user as .csv and as .npz; keep one of the two files")
+        for path in sorted(path for path in Path(raw).glob("[!.]*") if path.suffix in (".npz", ".csv")):
+            if path.stem in parts:
+                raise Refused(f"{raw} has the user '{path.stem}' as .csv and as .npz; keep one of the two")
+            parts[path.stem] = what, [str(path)]
         if not parts:
             raise Refused(f"{raw} holds no .npz or .csv file; name with --raw the folder that has one a user")
         return parts
-    parts = {}
-    for path in archives_of(what, raw, flags):
+    for path, url in archives_of(what, raw, flags).items():
+        source = next(SOURCES[each] for each in (POOL if what == "pool" else (what,)) if url in SOURCES[each].archives)
         members = [name for z in open_zips(path) for name in z.namelist() if not name.startswith("__MACOSX")]
-        for source in (SOURCES[source] for source in (POOL if what == "pool" else (what,))):
-            for name in members if any(path.name in url for url in source.archives) else ():
-                if found := re.search(source.members, name):
-                    parts.setdefault(source.user.format(found[1]), (source.parse, []))[1].append(name)
-        if not any(set(names) & set(members) for _, names in parts.values()):
+        found = [(match[1], name) for name in members if (match := re.search(source.members, name))]
+        for part, name in found:
+            parts.setdefault(source.user.format(part), (source.parse, []))[1].append(name)
+        if not found:
             raise Refused(f"{path} has no file like the published archive's; remove it, and it is fetched again")
     open_zips.cache_clear()                                      # each worker opens what it reads
     return dict(sorted(parts.items()))
 
 
 def do_part(job):
-    """Read one part, cut it, and leave it as `out`, an .npz."""
+    """Read one part, cut it, and leave it as `out`, an .npz. Raises Refused."""
     part, parser, names, archives, length, flags, out = job
     member = functools.partial(read, [z for path in archives for z in open_zips(path)])
     try:
         windows, users, labels, left_out = cut(globals()[parser](part, names, member, *[flags] * bool(flags)), length)
     except (ValueError, KeyError, IndexError, TypeError, NotImplementedError) as error:
-        raise Refused(f"'{part}' ({parser}) is not laid out as published: {error!r}; fetch the archive again") from error
+        raise Refused(f"{parser}: '{part}' is not laid out as published ({error!r}); fetch the archive again") from error
     with replacing(out) as temporary:
-        np.savez(temporary, windows=windows, users=users, labels=labels, left_out=json.dumps(left_out))
+        np.savez(temporary, windows=windows, users=users, labels=labels, channels=windows.shape[1],
+                 left_out=json.dumps(left_out))
 
 
 def as_worker(parent):
@@ -670,49 +681,46 @@ def do_parts(name, parts, archives, length, flags, work):
 
 
 def gather(what, name, files, limit, out):
-    """The parts as one set, written to the folder `out`. Returns its meta. Raises Refused."""
-    source, user, label, channels, left_out = SOURCES[what], [], [], set(), Counter()
+    """The parts as one set, written to the folder `out` part by part. Returns its meta. Raises Refused."""
+    source, user, label, sizes, channels, left_out = SOURCES[what], [], [], [], set(), Counter()
     for file in files.values():
         with np.load(file) as part:
             user, label = user + part["users"].tolist(), label + part["labels"].tolist()
-            channels |= {part["windows"].shape[1]} if len(part["users"]) else set()
+            sizes.append(len(part["users"]))
+            channels |= {int(part["channels"])} if sizes[-1] else set()
             left_out.update(json.loads(part["left_out"].item()))
+    found = sorted(set(label) - {""}) if what != "pool" else []
     if not user:
         raise Refused(f"nothing of {what} makes a window of {source.length / RATE:g} s; left out: {dict(left_out)}")
     if len(channels) > 1:
         raise Refused(f"some users of {name} have both sensors and some have one; keep them in folders of their own")
-    found = sorted(set(label) - {""}) if what != "pool" else []
     if source.classes and not set(found) <= set(source.classes):
         raise Refused(f"{what} has activities that the published set hasn't: {set(found) - set(source.classes)}")
-    order = lambda user: [piece.zfill(12) if piece.isdigit() else piece for piece in re.split(r"(\d+)", user)]    # 9, 10
+    order = lambda user: [piece.zfill(12) if piece.isdigit() else piece for piece in re.split(r"(\d+)", user)]
     users, classes = sorted(set(user), key=order)[:limit], list(source.classes) or found
     index, code = ({key: i for i, key in enumerate(keys)} for keys in (users, classes))
     user, label = np.array([index.get(key, -1) for key in user]), np.array([code.get(key, -1) for key in label])
-    mine = user >= 0                                             # False beyond --limit-users
-    out.mkdir()
-    windows = np.lib.format.open_memmap(out / "windows.npy", "w+", np.float16, (int(mine.sum()), *channels, source.length))
-    at = seen = 0
-    for file in files.values():
-        with np.load(file) as part:
-            chosen = mine[seen:seen + len(part["users"])]
-            if chosen.any():
-                windows[at:at + chosen.sum()] = part["windows"][chosen]
-        at, seen = at + chosen.sum(), seen + len(chosen)
-    windows.flush()
+    mine = user >= 0                                             # False: beyond --limit-users
     user, label = user[mine], label[mine]
+    out.mkdir()
     np.save(out / "users.npy", user)
     np.save(out / "labels.npy", label)
+    with open(out / "windows.npy", "wb") as stream:              # not a memory map: its pages would count as ours
+        shape = (len(user), *channels, source.length)
+        np.lib.format.write_array_header_1_0(stream, {"descr": "<f2", "fortran_order": False, "shape": shape})
+        for file, chosen in zip(files.values(), np.split(mine, np.cumsum(sizes)[:-1])):
+            with np.load(file) as part:
+                stream.write(part["windows"][chosen].tobytes() if chosen.any() else b"")
+    windows = np.load(out / "windows.npy", mmap_mode="r")
     sources = [name if what in ("folder", "simulated") else what] * len(users)
     if all("_" in user for user in users):
         sources = [user.split("_")[0] for user in users]
-    tests = []
-    if what == "ucihar":
-        with np.load(files["test"]) as part:
-            tests = part["users"].tolist()
+    tests = set(np.load(files["test"])["users"].tolist()) if what == "ucihar" else ()
     return {"name": name, "rate": RATE, "seconds": source.length / RATE, "channels": CHANNELS[:windows.shape[1]],
             "users": users, "sources": sources, "classes": classes, "hours": len(user) * source.length / RATE / 3600,
             "windows": len(user), "origin": "; ".join([source.text, *source.archives]), "left_out": dict(left_out),
-            "test_users": [user for user in users if user in tests] or None, "fingerprint": fingerprint(windows, user, label)}
+            "test_users": [user for user in users if user in tests] or None,
+            "fingerprint": fingerprint(windows, user, label)}
 
 
 @contextlib.contextmanager
@@ -744,7 +752,7 @@ def prepare(what, name, raw, flags, limit=None, force=False, root="data"):
                                   in parts_of(what, raw, flags).items()}
     Path(root).mkdir(parents=True, exist_ok=True)
     with open(Path(root) / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)                         # one at a time: it takes all cores, and two may be the same
+        fcntl.flock(lock, fcntl.LOCK_EX)                         # one at a time: each takes all cores
         if not force and prepared_already(target, settings):
             return report(target, "is prepared already, with the same settings (--force makes it anew)")
         archives = archives_of(what, raw, flags)
@@ -770,8 +778,8 @@ def prepared_already(target, settings):
     if made != settings:
         differ = [key for key in made | settings if made.get(key) != settings.get(key)]
         values = ", ".join(f"{key} {made.get(key)} (now {settings.get(key)})" for key in differ if key != "recordings")
-        raise Refused(f"{target} is prepared already, with {values or 'other recordings'}; give another --name, or --force "
-                      "to replace it")
+        raise Refused(f"{target} is prepared already, with {values or 'other recordings'}; give another --name, or "
+                      "--force to replace it")
     return True
 
 
@@ -862,15 +870,15 @@ def held_out_users(meta):
 
 
 def training_users(meta, seed):
-    """Every other user, in the order in which a grid takes them in: seeded, alternating between the sources, so that the
-    first 8 are among the first 16 and each source is there from the start."""
+    """Every other user, in the order in which a grid takes them in: seeded, alternating between the sources, so that
+    the first 8 are among the first 16 and each source is there from the start. Raises Refused if there is none."""
     held = set(sum(held_out_users(meta), []))
     rng = np.random.default_rng([seed, 20])
     queues = [rng.permutation([u for u, s in enumerate(meta["sources"]) if s == source and u not in held]).tolist()
               for source in sorted(set(meta["sources"]))]
     if not any(queues):
-        raise Refused(f"all {len(meta['users'])} users of '{meta['name']}' are held out, 20 % of each source's and 2 at least "
-                      "(in a folder, what stands before the first _ of every file's name is the source); prepare more users")
+        raise Refused(f"all {len(meta['users'])} users of '{meta['name']}' are held out, 20 % of each source's and 2 at "
+                      "least; prepare more users (in a folder, what stands before a file name's first _ is the source)")
     queues = [queues[i] for i in rng.permutation(len(queues))]
     return [q[i] for i in range(max(map(len, queues))) for q in queues if i < len(q)]
 
@@ -901,13 +909,13 @@ def report(folder, what):
 def overview(root="data"):
     """Print what can be prepared, and what is."""
     metas = {path.parent.name: read_meta(path.parent) for path in sorted(Path(root).glob("[!.]*/meta.json"))}
-    print(f"{'name':16} {'users':>6} {'hours':>8} {'windows':>8} {'classes':>8}  where from (-: not prepared in {root}/)")
+    print(f"{'name':16} {'users':>6} {'hours':>8} {'windows':>8} {'classes':>8}  where from (-: not prepared here)")
     for name in [*SOURCES, *sorted(set(metas) - set(SOURCES))]:
-        row, text = ["-"] * 4, SOURCES[name].text if name in SOURCES else ""
-        if name in metas:
-            meta = metas[name]
-            row, text = [len(meta["users"]), f"{meta['hours']:.2f}", meta["windows"], len(meta["classes"])], meta["origin"]
-        print(f"{name:16} {row[0]:>6} {row[1]:>8} {row[2]:>8} {row[3]:>8}  {text}")
+        if meta := metas.get(name):
+            print(f"{name:16} {len(meta['users']):6} {meta['hours']:8.2f} {meta['windows']:8} {len(meta['classes']):8}"
+                  f"  {meta['origin']}")
+        else:
+            print(f"{name:16} {'-':>6} {'-':>8} {'-':>8} {'-':>8}  {SOURCES[name].text}")
 
 
 def plot(name, root="data"):
@@ -917,21 +925,21 @@ def plot(name, root="data"):
     from matplotlib import pyplot as plt
     prepared, rng = load_one(name, root), np.random.default_rng(0)
     meta, t = prepared.meta, np.arange(prepared.windows.shape[2]) / prepared.meta["rate"]
-    kinds = [(text, np.flatnonzero(prepared.labels == i)) for i, text in [*enumerate(meta["classes"]), (-1, "no label")]]
-    kinds = [(text, mine) for text, mine in kinds if len(mine)]
-    fig, axes = plt.subplots(len(kinds) + 1, 3, figsize=(13, 1.6 * len(kinds) + 3), squeeze=False, layout="constrained")
+    names, sensors = {**dict(enumerate(meta["classes"])), -1: "no label"}, len(meta["channels"]) // 3
+    kinds = [(names[label], np.flatnonzero(prepared.labels == label)) for label in np.unique(prepared.labels)]
+    fig, axes = plt.subplots(len(kinds) + 1, 3 * sensors, figsize=(7.5 * sensors, 1.4 * len(kinds) + 3), squeeze=False,
+                             layout="constrained")
     for row, (text, mine) in zip(axes, kinds):
-        users = rng.permutation(np.unique(prepared.users[mine]))
+        users = np.resize(rng.permutation(np.unique(prepared.users[mine])), 3)
         for i, ax in enumerate(row):
-            user = users[i % len(users)]
-            window = prepared.windows[rng.choice(mine[prepared.users[mine] == user])]
-            for x, colour in zip(window, ("#000000", "#0072b2", "#56b4e9", "#d55e00", "#e69f00", "#cc79a7")):
-                ax.plot(t, x, color=colour, lw=0.8)
-            ax.set_title(f"{text}, user {meta['users'][user]}", fontsize=8, loc="left")
+            if i % sensors == 0:
+                window = prepared.windows[rng.choice(mine[prepared.users[mine] == users[i // sensors]])]
+                ax.set_title(f"{text}, user {meta['users'][users[i // sensors]]}", fontsize=8, loc="left")
+            for axis, x, colour in zip("xyz", window[i % sensors * 3:], ("#0072b2", "#d55e00", "#009e73")):
+                ax.plot(t, x, color=colour, lw=0.8, label=axis)
+            ax.set_title(f"{'g' if 'acc' in meta['channels'][i % sensors * 3] else 'rad/s'}", fontsize=8, loc="right")
             ax.tick_params(labelsize=7)
-    units = [f"{channel} ({'g' if channel.startswith('acc') else 'rad/s'})" for channel in meta["channels"]]
-    fig.legend(axes[0, 0].lines, units, ncols=6, fontsize=8, loc="outside upper center")
-    axes[-2, 1].set_xlabel("s", fontsize=8)
+    axes[0, 0].legend(fontsize=7, ncols=3)
     bars = fig.add_subplot(axes[-1, 0].get_gridspec()[-1, :])
     for ax in axes[-1]:
         ax.remove()
@@ -942,7 +950,7 @@ def plot(name, root="data"):
     bars.set(xlabel="user", ylabel="hours", xlim=(-1, len(hours)))
     bars.legend(fontsize=8)
     with replacing(Path(root) / name / "plot.png") as temporary:
-        fig.savefig(temporary, dpi=100)
+        fig.savefig(temporary, dpi=90)
     print(f"{Path(root) / name / 'plot.png'} shows {3 * len(kinds)} windows, and the hours of {len(hours)} users")
 
 
@@ -950,25 +958,24 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", help="the data set to prepare, or 'plot'; without it, all are listed")
     parser.add_argument("which", nargs="?", help="with 'plot': the prepared set to draw")
-    group = parser.add_argument_group("every data set")
-    group.add_argument("--raw", default="data/raw", metavar="DIR", help="where the published archives, or your own "
-                       "recordings, lie; an archive that is missing is downloaded into it (default: %(default)s)")
-    group.add_argument("--name", help="prepare it as data/NAME/ (default: the data set's own name)")
-    group.add_argument("--limit-users", type=int, metavar="N", help="the first N users only, for a quick look (default: all)")
-    group.add_argument("--force", action="store_true", help="make anew what is prepared already (default: leave it alone)")
-    group = parser.add_argument_group("simulated")
-    group.add_argument("--users", type=int, default=40, help="how many people (default: %(default)s)")
-    group.add_argument("--hours-per-user", type=float, default=0.5, help="how long each is recorded (default: %(default)s)")
-    group.add_argument("--spread", type=float, default=1.0, help="how much people differ: 0 makes clones, of whom a new one "
-                       "teaches what a longer recording does; 1 a realistic crowd (default: %(default)s)")
-    group.add_argument("--seed", type=int, default=0, help="another seed, another population (default: %(default)s)")
-    group = parser.add_argument_group("folder")
-    group.add_argument("--acc-unit", choices=("g", "m/s2"), default="g", help="of your acceleration (default: %(default)s)")
-    group.add_argument("--gyro-unit", choices=("rad/s", "deg/s"), default="rad/s",
-                       help="of your angular velocity (default: %(default)s)")
-    group = parser.add_argument_group("extrasensory")
-    group.add_argument("--labels", action="store_true", help="read a third archive, of labels, so that probes can be run on "
-                       "it (default: without labels, as for pre-training)")
+    flag = parser.add_argument_group("every data set").add_argument
+    flag("--raw", default="data/raw", metavar="DIR", help="where the published archives, or your own recordings, lie; "
+         "an archive that is missing is downloaded into it (default: %(default)s)")
+    flag("--name", help="prepare it as data/NAME/ (default: the data set's own name)")
+    flag("--limit-users", type=int, metavar="N", help="the first N users only, for a quick look (default: all)")
+    flag("--force", action="store_true", help="make anew what is prepared already (default: leave it alone)")
+    flag = parser.add_argument_group("simulated").add_argument
+    flag("--users", type=int, default=40, help="how many people (default: %(default)s)")
+    flag("--hours-per-user", type=float, default=0.5, help="how long each is recorded (default: %(default)s)")
+    flag("--spread", type=float, default=1.0, help="how much people differ: 0 makes clones, of whom a new one teaches "
+         "what a longer recording does; 1 a realistic crowd (default: %(default)s)")
+    flag("--seed", type=int, default=0, help="another seed, another population (default: %(default)s)")
+    flag = parser.add_argument_group("folder").add_argument
+    flag("--acc-unit", choices=("g", "m/s2"), default="g", help="of your acceleration (default: %(default)s)")
+    flag("--gyro-unit", choices=("rad/s", "deg/s"), default="rad/s", help="of its rotation (default: %(default)s)")
+    flag = parser.add_argument_group("extrasensory").add_argument
+    flag("--labels", action="store_true", help="read the labels, too, from a third archive, so that probes can be run on "
+         "it (default: without, as for pre-training)")
     args = parser.parse_args()
     name, limit = args.name or args.what, args.limit_users
     if args.what is None:

@@ -3,15 +3,13 @@ From finished runs to a scaling law one can trust: the fit, its intervals, its r
 
     loss = E + sum_i A_i x_i^-alpha_i       E: the floor no x gets below; x_i: users, hours per user, parameters, tokens...
 
-In the order of this file (n rows, k factors, P = 1 + 2k parameters, B problems solved side by side):
+The method, in the order of this file (n rows, k factors, P = 1 + 2k parameters, B problems solved side by side):
     law         log E and log A_i - alpha_i log x_i: k + 1 terms (B, n), whose log-sum-exp is the log of the loss
     objective   the sum over rows of Huber(0.001) of log-residuals, (B,), and its exact gradient, (B, P)
     fit         L-BFGS from a grid of starts, all at once; the best is kept, and a warning given where the best disagree
     bootstrap   the same fit to 1,000 resampled tables, for 95 % intervals of everything that is reported
-    rivals      other curves in a factor's place (exponential, logarithm, broken power law), compared by AICc and on the
-                largest scale, held out
-    verdicts    the study's questions, answered in words with numbers; advice for a plan of one's own
-    then        a table or a grid's folder is read, figures are drawn, main
+    rivals      other curves in a factor's place, compared by AICc and on the largest scale, held out
+What is asked of it: verdicts in words with numbers, advice for a plan, tables and grids of runs read, figures, main.
 
     python fit_laws.py runs/GRID --out results/GRID                                     # a grid: collects, fits, draws
     python fit_laws.py TABLE.csv --x params tokens --y loss --holdout tokens --out DIR  # any table
@@ -69,8 +67,8 @@ def logarithm(u, half, q):
 
 def broken(u, half, q):
     """A x^-alpha (1 + x / x0)^(alpha - beta): exponent alpha before x0, beta past it"""
-    alpha, beta = np.exp(q[0]), np.exp(q[1])
-    past, inside = np.logaddexp(0, half * (u - q[2])) / half, 1 / (1 + np.exp(np.clip(half * (q[2] - u), -300, 300)))
+    alpha, beta, inside = np.exp(q[0]), np.exp(q[1]), 1 / (1 + np.exp(np.clip(half * (q[2] - u), -300, 300)))
+    past = np.logaddexp(0, half * (u - q[2])) / half
     return (alpha - beta) * past - alpha * u, [alpha * (past - u), -beta * past, (beta - alpha) * inside]
 
 
@@ -82,7 +80,7 @@ SHAPES = {                                                       # name: functio
 
 
 def split(theta, form):
-    """Columns of theta (B, P): the floor's s or None, and a, q for each factor, all (B, 1)."""
+    """The columns of theta (B, P): s of the floor, or None, and (a, q) of each factor, all (B, 1)."""
     columns = iter(theta.T[:, :, None])
     s = next(columns) if form.floor else None
     return s, [(next(columns), [next(columns) for _ in SHAPES[shape][1][0]]) for shape in form.shapes]
@@ -169,7 +167,8 @@ def minimise(function, x, ticks, memory=10):
         for m in reversed(range(memory)):                        # the two loops of L-BFGS (Nocedal & Wright, algorithm 7.4)
             used.append(rho[:, m] * dot(S[i, m], q))
             q -= used[-1][:, None] * Y[i, m]
-        q *= np.where(curvature[:, -1] > 0, curvature[:, -1] / np.maximum(dot(Y[i, -1], Y[i, -1]), 1e-300), 1)[:, None]
+        last = curvature[:, -1] / np.maximum(dot(Y[i, -1], Y[i, -1]), 1e-300)
+        q *= np.where(curvature[:, -1] > 0, last, 1)[:, None]
         for m in range(memory):
             q += (used.pop() - rho[:, m] * dot(Y[i, m], q))[:, None] * S[i, m]
         d[i], step[i], near[i], far[i] = -q, 1, 0, np.inf
@@ -184,69 +183,70 @@ def minimise(function, x, ticks, memory=10):
     return x, f
 
 
-def solve(function, starts, problems, keep):
-    """Minimise `function(theta, problem)` for so many problems from M starts each: a short run of all, a long one of the
-    best `keep`. Returns theta (problems, keep, P) and f (problems, keep), best first. Chunks share the cores, in threads."""
-    theta, keep = np.tile(starts, (problems, 1)), min(keep, len(starts))
-    for ticks in (40, 1500):
-        owner = np.repeat(np.arange(problems), len(theta) // problems)
-        chunks = np.array_split(np.arange(len(theta)), math.ceil(len(theta) / 400))
-        one = lambda c: minimise(lambda x, i: function(x, owner[c[i]]), theta[c], ticks)
+def solve(form, scale, log_x, log_y, starts, weights, keep):
+    """Fit B weightings of a table, (B, n), from M starts each: a short run of all, a long one of the best `keep`.
+
+    Returns theta (B, keep, P) and the objective (B, keep), best first. Chunks of problems share the cores, in threads.
+    """
+    B, (M, P) = len(weights), starts.shape
+    theta = np.tile(starts, (B, 1))
+    for ticks, left in ((40, M), (1500, min(keep, M))):
+        owner = np.repeat(np.arange(B), left)
+        chunks = np.array_split(np.arange(B * left), math.ceil(B * left * len(log_y) / 100_000))
+        one = lambda c: minimise(lambda x, i: objective(x, form, scale, log_x, log_y, weights[owner[c[i]]]), theta[c], ticks)
         with np.errstate(all="ignore"), ThreadPoolExecutor(os.cpu_count()) as pool:
-            theta, f = (np.concatenate(part).reshape(problems, -1, *part[0].shape[1:]) for part in zip(*pool.map(one, chunks)))
-        order = np.argsort(f, axis=1)[:, :keep]
-        f, best = np.take_along_axis(f, order, 1), np.take_along_axis(theta, order[:, :, None], 1)
-        theta = best.reshape(problems * keep, -1)
-    return best, f
+            theta, f = (np.concatenate(part) for part in zip(*pool.map(one, chunks)))
+        best = np.argsort(f.reshape(B, left), axis=1)[:, :keep]
+        theta, f = (np.take_along_axis(part.reshape(B, left, -1), best[:, :, None], 1) for part in (theta, f))
+        theta = theta.reshape(-1, P)
+    return theta.reshape(B, -1, P), f[:, :, 0]
 
 
 def grid_of_starts(form, scale, log_x, log_y):
     """Every combination of the shapes' starting values and of three floors; factors share evenly what E leaves. (M, P)"""
     starts = []
     for s, *choice in product((-3., 0., 2.) if form.floor else (None,), *(SHAPES[shape][1] for shape in form.shapes)):
-        left = (math.exp(log_y.mean()) - (0 if s is None else math.exp(scale.low) / (1 + math.exp(-s)))) / len(choice)
+        E = 0 if s is None else math.exp(scale.low) / (1 + math.exp(-s))
         start = [] if s is None else [s]
         for shape, q, x, middle, half in zip(form.shapes, choice, log_x, scale.middle, scale.half):
             bend, _ = SHAPES[shape][0]((x - middle) / half, half, np.array(q)[:, None, None])
-            start += [math.log(left / np.exp(bend).mean()), *q]
+            start += [math.log((math.exp(log_y.mean()) - E) / len(choice) / np.exp(bend).mean()), *q]
         starts.append(start)
     return np.array(starts)
 
 
 def in_units(theta, form, scale):
-    """Laws theta (B, P) in the table's units: {"E": (B,), "log_A", "alpha", "beta", "x0": (B, k)}, NaN what a shape lacks."""
+    """Laws theta (B, P) in the table's units: {"E": (B,), "log_A", "alpha", "beta", "x0": (B, k)}; NaN: not of this shape."""
     s, factors = split(theta, form)
     units = {name: np.full((len(theta), len(factors)), np.nan) for name in ("log_A", "alpha", "beta", "x0")}
     units["E"] = np.exp(scale.low - np.logaddexp(0, -s[:, 0])) if form.floor else np.zeros(len(theta))
     for i, (shape, (a, q), middle, half) in enumerate(zip(form.shapes, factors, scale.middle, scale.half)):
-        a, q = a[:, 0], [column[:, 0] for column in q]
         if shape.endswith("power law"):
-            units["alpha"][:, i] = np.exp(q[0]) / half
-            a = a + units["alpha"][:, i] * middle
+            units["alpha"][:, i:i + 1] = np.exp(q[0]) / half
+            a = a + np.exp(q[0]) * middle / half
         if shape == "broken power law":
-            units["beta"][:, i] = np.exp(q[1]) / half
-        if shape == "logarithm":
-            a = a - math.log(half)
+            units["beta"][:, i:i + 1] = np.exp(q[1]) / half
+        units["log_A"][:, i:i + 1] = a - math.log(half) * (shape == "logarithm")
         if shape != "power law":
-            log_x0 = middle + {"exponential": q[0], "logarithm": half * (1 + np.exp(q[0])), "broken power law": half * q[-1]}[shape]
-            units["x0"][:, i] = np.exp(np.clip(log_x0, -700, 700))
-        units["log_A"][:, i] = a
+            past = {"exponential": q[0], "logarithm": half * (1 + np.exp(q[0])), "broken power law": half * q[-1]}[shape]
+            units["x0"][:, i:i + 1] = np.exp(np.clip(middle + past, -700, 700))
     return units
 
 
 class Fit(NamedTuple):
-    """A fitted law. `units` and `draws` (None without bootstrap) are as `in_units` gives them, for 1 and B laws."""
+    """A fitted law. `units` and `draws` are what `in_units` gives, for it and for the B fits to resampled tables (or None)."""
     x: tuple                                                     # names of the k factors
     y: str
     form: Form
     scale: Scale
     theta: np.ndarray                                            # (1, P)
-    units: dict
-    draws: dict
-    widen: float                                                 # what the spread of the draws is multiplied by
     objective: float
     residuals: np.ndarray                                        # (n,) log y - log law
+    aicc: float
     warnings: list
+    units: dict
+    draws: dict = None
+    widen: float = 1.                                            # what the spread of the draws is multiplied by
 
 
 def fit(table, x, y, form=None, bootstrap=0, seed=0):
@@ -255,70 +255,72 @@ def fit(table, x, y, form=None, bootstrap=0, seed=0):
     log_x, log_y = np.log([table[name] for name in x]), np.log(table[y])
     P = form.floor + sum(1 + len(SHAPES[shape][1][0]) for shape in form.shapes)
     if len(log_y) < max(5, P):
-        raise Refused(f"{len(log_y)} rows can't carry a law of {' and '.join(x)} with {P} parameters: at least {max(5, P)} are needed")
+        raise Refused(f"{len(log_y)} rows can't carry a law of {' and '.join(x)} with {P} parameters: {max(5, P)} are needed")
     for name in x:
         if len(np.unique(table[name])) < 3:
-            raise Refused(f"the column '{name}' has {len(np.unique(table[name]))} distinct value(s), and 3 are the least that show "
-                          "an exponent: leave it out, or add runs")
+            raise Refused(f"the column '{name}' has {len(np.unique(table[name]))} distinct value(s), and 3 are the least that "
+                          "show an exponent: leave it out, or add runs")
     scale = Scale((log_x.max(1) + log_x.min(1)) / 2, np.ptp(log_x, axis=1) / 2, log_y.min())
     starts = grid_of_starts(form, scale, log_x, log_y)
-    weighted = lambda weights: lambda theta, i: objective(theta, form, scale, log_x, log_y, weights[i])
-    ends, f = (part[0] for part in solve(weighted(np.ones((1, len(log_y)))), starts, 1, keep=20))
+    ends, f = (part[0] for part in solve(form, scale, log_x, log_y, starts, np.ones((1, len(log_y))), keep=12))
     residuals = log_y - log_sum_exp(log_terms(ends[:1], form, scale, log_x)[0])[0][0]
-    fitted = Fit(tuple(x), y, form, scale, ends[:1], in_units(ends[:1], form, scale), None, 1., f[0], residuals, [])
-    fitted = fitted._replace(warnings=doubts(fitted, in_units(ends[f <= f[0] * 1.001], form, scale)))
+    warnings = doubts(x, form, scale, in_units(ends[f <= f[0] * 1.001], form, scale))
+    fitted = Fit(tuple(x), y, form, scale, ends[:1], f[0], residuals, aicc(residuals, P), warnings, in_units(ends[:1], form, scale))
     if not bootstrap:
         return fitted
     weights, widen = resample(table, x, bootstrap, np.random.default_rng(seed))
-    apart = [ends[0]]                                            # each resample starts where fits to the table ended, and twice from the grid
+    apart = [ends[0]]                                            # resamples start where fits to the table ended, and afar
     for end in ends[1:]:
         if len(apart) < 4 and min(np.abs(np.tanh((end - other) / 3)).max() for other in apart) > .2:
             apart.append(end)
-    draws, _ = solve(weighted(weights), np.stack([*apart, starts[len(starts) // 3], starts[-len(starts) // 3]]), bootstrap, keep=2)
+    starts = np.stack([*apart, starts[len(starts) // 3], starts[-len(starts) // 3]])
+    draws, _ = solve(form, scale, log_x, log_y, starts, weights, keep=2)
     return fitted._replace(draws=in_units(draws[:, 0], form, scale), widen=widen)
 
 
-def doubts(fitted, ends):
+def doubts(x, form, scale, ends):
     """What in a fit must not be trusted, in sentences; `ends` are the laws within 0.1 % of the best objective."""
-    said, low = [], math.exp(fitted.scale.low)
-    for name, values, apart in [("E", ends["E"], .01 * low), *((f"alpha of {x}", a, .02) for x, a in zip(fitted.x, ends["alpha"].T))]:
+    said, low = [], math.exp(scale.low)
+    alphas = zip([f"alpha of {name}" for name in x], ends["alpha"].T, [.02] * len(x))
+    for name, values, apart in [("E", ends["E"], .01 * low), *alphas]:
         if np.ptp(values) > apart:
-            said.append(f"flat surface: fits within 0.1 % of the best objective have {name} from {values.min():.4g} to {values.max():.4g}")
-    if fitted.form.floor and not 1e-4 < ends["E"][0] / low < 1 - 1e-4:
+            said.append(f"flat surface: fits within 0.1 % of the best have {name} from {values.min():.4g} to {values.max():.4g}")
+    if form.floor and not 1e-4 < ends["E"][0] / low < 1 - 1e-4:
         said.append("E is at its bound, " + ("0: the table shows no floor" if ends["E"][0] < low / 2 else "the lowest loss"))
-    for x, shape, slope in zip(fitted.x, fitted.form.shapes, ends["alpha"][0] * fitted.scale.half):
+    for name, shape, slope in zip(x, form.shapes, ends["alpha"][0] * scale.half):
         if shape == "power law" and not 5e-4 < slope < 15:
-            said.append(f"alpha of {x} is at its bound" + (", 0: the loss doesn't fall with it" if slope < 1 else ": only the smallest value matters"))
+            said.append(f"alpha of {name} is at its bound, " + ("0: the loss doesn't fall with it" if slope < 1 else
+                                                                 "so steep that only the smallest value feels it"))
     return said
+
+
+def law(fitted, x):
+    """The loss at x (k, m): (m,), for a law of any form."""
+    with np.errstate(over="ignore"):
+        return np.exp(log_sum_exp(log_terms(fitted.theta, fitted.form, fitted.scale, np.log(x))[0])[0][0])
 
 
 # ---------------------------------------------------------------- bootstrap
 def resample(table, x, B, rng):
-    """Weights (B, n) that stand for B resampled tables, and the factor by which the spread of their fits must be widened.
+    """Weights (B, n) that stand for B resampled tables, and the factor by which the spread of their fits is widened.
 
-    Rows are drawn with replacement; with a column `seed`, whole seeds are: the runs of a seed share users and weights, so
-    their errors go together. As S seeds say little about their own spread, it is widened as for a mean of S values, by
-    sqrt(S / (S - 1)) t_S-1 / 1.96. Two seeds make only three tables, which say nothing: then rows are drawn, and what the
-    runs of a seed share is missing from the intervals (results/coverage.md measures each). Resamples with fewer than
-    three values of a factor are drawn again.
+    Rows are drawn with replacement, or, with a column `group`, whole groups: runs whose errors go together, as those of a
+    seed, which share users and weights. As S groups say little about their own spread, it is widened as for a mean of S
+    values, by sqrt(S / (S - 1)) t_S-1 / 1.96 (results/coverage.md measures what that does). Resamples with fewer than
+    three values of a factor are drawn again; where hardly any has three, rows are drawn after all.
     """
     n = len(table[x[0]])
-    groups = np.unique(table.get("seed", np.zeros(n)), return_inverse=True)[1]
-    S, widen = groups.max() + 1, 1.
-    if S > 2:
-        widen = math.sqrt(S / (S - 1)) * stdtrit(S - 1, .975) / 1.96
-    else:
-        groups, S = np.arange(n), n
     levels = [np.unique(table[name], return_inverse=True)[1] for name in x]
     kinds = [np.eye(level.max() + 1)[level] for level in levels if level.max() < 20]
-    weights = np.zeros((0, n))
-    for _ in range(50):
-        drawn = rng.multinomial(S, np.full(S, 1 / S), size=B)[:, groups].astype(float)
-        enough = np.all([((drawn > 0) @ kind > 0).sum(1) > 2 for kind in kinds] or [np.ones(B, bool)], axis=0)
-        weights = np.concatenate([weights, drawn[enough]])[:B]
-        if len(weights) == B:
-            return weights, widen
-    raise Refused(f"resampled whole seeds hardly ever hold 3 values of {' and '.join(x)}: remove the column seed, or use --bootstrap 0")
+    for groups in (np.unique(table.get("group", np.arange(n)), return_inverse=True)[1], np.arange(n)):
+        S, weights = groups.max() + 1, np.zeros((0, n))
+        for _ in range(50):
+            drawn = rng.multinomial(S, np.full(S, 1 / S), size=B)[:, groups].astype(float)
+            enough = np.all([((drawn > 0) @ kind > 0).sum(1) > 2 for kind in kinds] or [np.ones(B, bool)], axis=0)
+            weights = np.concatenate([weights, drawn[enough]])[:B]
+            if len(weights) == B:
+                return weights, math.sqrt(S / (S - 1)) * stdtrit(S - 1, .975) / 1.96 if S < n else 1.
+    raise Refused(f"resampled tables hardly ever hold 3 values of {' and '.join(x)}: add runs, or use --bootstrap 0")
 
 
 def interval(value, draws, widen=1., log=False, low=-math.inf, high=math.inf):
@@ -335,19 +337,13 @@ def estimate(fitted, quantity, **scale):
     return value, fitted.draws and interval(value, quantity(fitted.draws), fitted.widen, **scale)
 
 
-def law(fitted, x):
-    """The loss at x (k, m): (m,), for a law of any form."""
-    with np.errstate(over="ignore"):
-        return np.exp(log_sum_exp(log_terms(fitted.theta, fitted.form, fitted.scale, np.log(x))[0])[0][0])
-
-
 # ---------------------------------------------------------------- rivals: AICc, and the largest scale held out
-def aicc(fitted):
+def aicc(residuals, parameters):
     """AICc by the density exp(-Huber(r) / t) / Z(t): whatever its scale t, its maximum-likelihood law is the one fitted here."""
     t = np.geomspace(1e-13, 10, 4000)
     Z = np.sqrt(2 * np.pi * t) * erf(DELTA / np.sqrt(2 * t)) + 2 * t / DELTA * np.exp(-DELTA ** 2 / (2 * t))
-    n, k = len(fitted.residuals), fitted.theta.size + 1          # t is a parameter as well
-    deviance = np.min(2 * fitted.objective / t + 2 * n * np.log(Z))
+    n, k = len(residuals), parameters + 1                        # t is a parameter as well
+    deviance = np.min(2 * huber(residuals).sum() / t + 2 * n * np.log(Z))
     return float(deviance + 2 * k + 2 * k * (k + 1) / (n - k - 1)) if n > k + 1 else math.inf
 
 
@@ -379,8 +375,8 @@ RIVALS = (("power law", True), ("power law", False), ("exponential", True), ("lo
 def analyse(table, x, y, floor=True, bootstrap=1000, column=None, seed=0, judged=None):
     """The law asked for, then its rivals in each `judged` factor's place: [(name, Fit, held-out errors or None)]; verdicts."""
     form = Form(("power law",) * len(x), floor)
-    laws = [(f"{y} by {', '.join(x)}", fit(table, x, y, form, bootstrap, seed), column and hold_out(table, x, y, form, column, must=True))]
-    verdicts = {}
+    held = hold_out(table, x, y, form, column, must=True) if column else None
+    laws, verdicts = [(f"{y} by {', '.join(x)}", fit(table, x, y, form, bootstrap, seed), held)], {}
     for i, factor in enumerate(x):
         if factor not in (judged or x):
             continue
@@ -391,115 +387,128 @@ def analyse(table, x, y, floor=True, bootstrap=1000, column=None, seed=0, judged
                 fitted = fit(table, x, y, rival)
             except Refused:                                      # fewer rows than this form has parameters
                 continue
-            tried.append((f"{shape} in {factor}{' on a floor' * on_floor}", fitted, hold_out(table, x, y, rival, column or factor)))
+            name = f"{shape} in {factor}{' on a floor' * on_floor}"
+            tried.append((name, fitted, hold_out(table, x, y, rival, column or factor)))
         verdicts[f"power_law_of_{factor}"] = judge(laws[0][1], i, tried)
         laws += tried
         if len(x) > 1:
-            laws.append((f"{factor} alone, on a floor", fit(table, (factor,), y), hold_out(table, (factor,), y, None, column or factor)))
+            alone = hold_out(table, (factor,), y, None, column or factor)
+            laws.append((f"{factor} alone, on a floor", fit(table, (factor,), y), alone))
     return laws, verdicts
 
 
 # ---------------------------------------------------------------- verdicts: questions answered in words with numbers
-def span(ci95, digits=3):
-    return "" if ci95 is None else f" [{ci95[0]:.{digits}g}, {ci95[1]:.{digits}g}]"
+def span(ci95, form="{:.3g}"):
+    return "" if ci95 is None else f" [{form.format(ci95[0])}, {form.format(ci95[1])}]"
+
+
+def sign(ci95, above, below):
+    return "" if ci95 is None else f": {above if ci95[0] > 0 else below if ci95[1] < 0 else 'not decided'}"
 
 
 def judge(asked, i, tried):
-    """Is the loss a power law of factor i? Claimed where AICc beats the other curves by 2, and the broken power law, which holds
-    the power law within it, at all; and where none of them predicts what was held out better (by half the runs' scatter)."""
+    """Is the loss a power law of factor i? Claimed where AICc is 2 better than the other curves', and no worse than that of the
+    broken power law, which holds it; and where none predicts what was held out better, by half the runs' scatter."""
     value, ci95 = estimate(asked, lambda units: units["alpha"][:, i], low=0)
-    mine = min((law for law in tried if law[1].form.shapes[i] == "power law"), key=lambda law: aicc(law[1]))
-    others = [law for law in tried if law[1].form.shapes[i] != "power law" and math.isfinite(aicc(law[1]))]
-    ahead = [aicc(other[1]) - aicc(mine[1]) - 2 * (other[1].form.shapes[i] != "broken power law") for other in others]
-    error = lambda law: law[2]["median_relative_error"] if law[2] and mine[2] else 0
-    better = [other for other in others if error(other) + np.median(np.abs(mine[1].residuals)) / 2 < error(mine)]
+    is_power = lambda tried: tried[1].form.shapes[i] == "power law"
+    mine = min(filter(is_power, tried), key=lambda tried: tried[1].aicc)
+    others = [other for other in tried if not is_power(other) and math.isfinite(other[1].aicc)]
     text = f"{asked.y} against {asked.x[i]}: "
-    if not others:
-        text += "too few rows to tell a power law from other curves"
-    else:
-        other = others[np.argmin(ahead)]
-        text += (f"a power law, exponent {value:.3f}{span(ci95)}" if min(ahead) > 0 and not better else
-                 f"no power law, a {other[0]} fits better" if min(ahead) < -4 else f"a {mine[0]} can't be told from a {(better + [other])[0][0]}")
-        text += f"; AICc of the power law less that of {other[0]}: {aicc(mine[1]) - aicc(other[1]):+.1f}"
-        if error(mine):
-            text += f", median error on the largest {mine[2]['column']}, held out: {error(mine):.2%} against {error(other):.2%}"
-    return {"value": value, "ci95": ci95, "claimed": bool(others) and min(ahead) > 0 and not better, "text": text}
+    if not others or not math.isfinite(mine[1].aicc):
+        return {"value": value, "ci95": ci95, "claimed": False, "text": text + "too few rows to tell one curve from another"}
+    ahead = [other[1].aicc - mine[1].aicc - 2 * (other[1].form.shapes[i] != "broken power law") for other in others]
+    error = lambda tried: tried[2]["median_relative_error"] if tried[2] and mine[2] else 0
+    better = [other for other in others if error(other) + np.median(np.abs(mine[1].residuals)) / 2 < error(mine)]
+    rival = others[np.argmin(ahead)] if min(ahead) < 0 or not better else better[0]
+    claimed = min(ahead) > 0 and not better
+    text += (f"a power law, exponent {value:.3f}{span(ci95)}; next comes the {rival[0]}" if claimed else
+             f"no single power law: the {rival[0]} fits better" if min(ahead) < -4 else
+             f"not decided between {mine[0]} and {rival[0]}")
+    text += f" (AICc {mine[1].aicc:.1f} against {rival[1].aicc:.1f}"
+    if error(mine):
+        text += f"; median error on the largest {mine[2]['column']}, held out, {error(mine):.2%} against {error(rival):.2%}"
+    return {"value": value, "ci95": ci95, "claimed": bool(claimed), "text": text + ")"}
 
 
 def terms_at(units, x):
     """A_i x_i^-alpha_i of power laws at x (k,): (B, k)."""
-    return np.exp(units["log_A"] - units["alpha"] * np.log(np.asarray(x, float)))
+    return np.exp(np.minimum(units["log_A"] - units["alpha"] * np.log(np.asarray(x, float)), 700))
 
 
 def loss_at(units, x):
     return units["E"] + terms_at(units, x).sum(1)
 
 
-def capacities(units, x, names):
-    """Parameters (the last factor) that fit the data x (the others), two ways, (B,) each; both go as D^(alpha_data / alpha_params).
+def capacities(units, x, way):
+    """Parameters P (the last factor) that fit the data x (the others), (B,). An additive law falls with P for ever, so what
+    fits is a matter of cost; both ways go as data^(alpha_data / alpha_P):
 
-    balanced   1 % more parameters gain what 1 % more data gain, gathered the better way: alpha_P A_P P^-alpha_P = max_i alpha_i A_i
-               x_i^-alpha_i. The optimum where cost goes as parameters x data (Hoffmann et al. 2022).
-    within_1   the parameters' term is 1 % of all the rest: no larger model gains more than 1 % on these data. For data that
-               are dear and a machine that isn't. An additive law falls with parameters for ever; only these have an answer.
+    balanced           1 % more parameters gain what 1 % more data gain, gathered the better way: alpha_P A_P P^-alpha_P =
+                       max_i alpha_i A_i x_i^-alpha_i, the optimum where cost is parameters x data (Hoffmann et al. 2022)
+    within_1_percent   no larger model gains more than 1 % on these data: A_P P^-alpha_P is 1 % of all the rest. For data
+                       that are dear and a machine that isn't (here E makes the power of the data smaller)
     """
     terms = terms_at(units, [*x, 1.])
-    steepest = (units["alpha"] * terms)[:, :-1].max(1) / units["alpha"][:, -1]
-    rest = .01 * (units["E"] + terms[:, :-1].sum(1))
+    if way == "balanced":
+        target = (units["alpha"] * terms)[:, :-1].max(1) / units["alpha"][:, -1]
+    else:
+        target = .01 * (units["E"] + terms[:, :-1].sum(1))
     with np.errstate(all="ignore"):
-        return [np.exp(np.clip(np.log(terms[:, -1] / target) / units["alpha"][:, -1], -700, 700)) for target in (steepest, rest)]
+        return np.exp(np.clip(np.log(terms[:, -1] / target) / units["alpha"][:, -1], -700, 700))
 
 
 def users_or_hours(joint, table):
-    """Do users beat hours per user? By exponents, by the law at equal total hours, and by pairs of cells without any law."""
-    says = lambda ci95, over, under: "" if not ci95 else f": {over}" if ci95[0] > 0 else f": {under}" if ci95[1] < 0 else ": not decided"
+    """Do users beat hours per user? By exponents, by the law at equal total hours, and by pairs of runs without any law."""
     value, ci95 = estimate(joint, lambda units: units["alpha"][:, 0] - units["alpha"][:, 1])
     a, b = joint.units["alpha"][0, :2]
     verdicts = {"users_minus_hours_exponent": {"value": value, "ci95": ci95, "text": (
         f"exponent of users {a:.3f}, of hours per user {b:.3f}, difference {value:+.3f}{span(ci95)}"
-        + says(ci95, "users' is the steeper", "hours' is the steeper"))}}
-    centre = [math.sqrt(table[x].min() * table[x].max() / 2) for x in joint.x[:2]] + [table[x].max() for x in joint.x[2:]]
-    twice = lambda i: [value * (1 + (i == j)) for j, value in enumerate(centre)]
+        + sign(ci95, "that of users is steeper", "that of hours per user is steeper"))}}
+    start = [math.sqrt(table[x].min() * table[x].max() / 2) for x in joint.x[:2]] + [table[x].max() for x in joint.x[2:]]
+    twice = lambda i: [value * (1 + (i == j)) for j, value in enumerate(start)]
     value, ci95 = estimate(joint, lambda units: np.log(loss_at(units, twice(0)) / loss_at(units, twice(1))))
-    text = f"by the law, from {centre[0]:.0f} users x {centre[1]:.2g} h, twice the users has {math.exp(value):.4f}" + span(ci95 and np.exp(ci95), 4)
-    verdicts["equal_hours_loss_ratio"] = {"value": math.exp(value), "ci95": ci95 and [math.exp(v) for v in ci95], "text": (
-        text + " times the loss of twice the hours" + says(ci95, "hours per user are worth more", "users are worth more"))}
 
-    U, H, P, L = (table[name] for name in ("users", "hours", "params_encoder", joint.y))
-    first, second = np.nonzero((U[None] > 1.4 * U[:, None]) & (np.abs(np.log(H[None] / H[:, None])) < .1) & (P[None] == P[:, None]))
-    if len(first) > 4:
-        doubled = np.log(L[second] / L[first]) / np.log2(U[second] / U[first])
+    def ratio(value, ci95, text):
+        ci95 = None if ci95 is None else [math.exp(end) for end in ci95]
+        said = sign(ci95 and np.log(ci95), "hours per user are worth more", "users are worth more")
+        return {"value": math.exp(value), "ci95": ci95, "text": text.format(f"{math.exp(value):.4f}{span(ci95, '{:.4f}')}") + said}
+
+    verdicts["equal_hours_loss_ratio"] = ratio(value, ci95, (
+        f"by the law, twice the {start[0]:.0f} users has {{}} times the loss of twice their {start[1]:.2g} hours"))
+    U, H, P = (table[name] for name in ("users", "hours", "params_encoder"))
+    same = (np.abs(np.log(H[None] / H[:, None])) < .1) & (P[None] == P[:, None])
+    few, many = np.nonzero(same & (U[None] > 1.4 * U[:, None]))
+    if len(few) > 4:
+        per_doubling = np.log(table[joint.y][many] / table[joint.y][few]) / np.log2(U[many] / U[few])
         weights, widen = resample(table, joint.x, 1000, np.random.default_rng(0))
-        pairs = weights[:, first] * weights[:, second]
-        value, pairs = doubled.mean(), pairs[pairs.any(1)]
-        ci95 = interval(value, pairs @ doubled / pairs.sum(1), widen)
-        verdicts["equal_hours_pairs"] = {"value": math.exp(value), "ci95": [math.exp(v) for v in ci95], "text": (
-            f"without a law, over {len(first)} pairs of runs with the same hours in all, twice the users at half the hours each has "
-            f"{math.exp(value):.4f}{span(np.exp(ci95), 4)} times the loss" + says(ci95, "hours per user are worth more", "users are worth more"))}
+        pairs = weights[:, few] * weights[:, many]
+        pairs = pairs[pairs.any(1)]
+        ci95 = interval(per_doubling.mean(), pairs @ per_doubling / pairs.sum(1), widen)
+        verdicts["equal_hours_pairs"] = ratio(per_doubling.mean(), ci95, (
+            f"without a law, in {len(few)} pairs of runs with the same hours in all, twice the users has {{}} times the loss"))
     return verdicts
 
 
 def capacity(joint, by_hours, table):
-    """Which capacity fits a data volume? P ~ D^g by the law of hours, the best of the grid's own models, and a table by the joint law."""
-    ratio = lambda units: units["alpha"][:, 0] / units["alpha"][:, 1]
-    value, ci95 = estimate(by_hours, ratio, log=True)
+    """Which capacity fits a data volume: P ~ hours^g by the law of hours, the grid's own best, and a table by the joint law."""
+    value, ci95 = estimate(by_hours, lambda units: units["alpha"][:, 0] / units["alpha"][:, 1], log=True)
     minima, plans = [], []
     for users, cap in sorted(set(zip(table["users"], table["cap"]))):
-        here = (table["users"] == users) & (table["cap"] == cap)
-        mean = {P: table[joint.y][here & (table["params_encoder"] == P)].mean() for P in np.unique(table["params_encoder"][here])}
-        best = min(mean, key=mean.get)
-        edge = "largest" if best == max(mean) else "smallest" if best == min(mean) else "between"
-        plan = {"users": int(users), "hours_per_user": float(table["hours_per_user"][here].mean()), "hours": float(table["hours"][here].mean())}
+        cells = take(table, (table["users"] == users) & (table["cap"] == cap))
+        sizes = np.unique(cells["params_encoder"])
+        best = sizes[np.argmin([cells[joint.y][cells["params_encoder"] == P].mean() for P in sizes])]
+        plan = {"users": int(users), **{name: float(cells[name].mean()) for name in ("hours_per_user", "hours")}}
+        edge = "largest" if best == sizes[-1] else "smallest" if best == sizes[0] else "between"
         minima.append({**plan, "params_encoder": int(best), "edge": edge})
         x = [plan[name] for name in joint.x[:-1]]
-        for i, way in enumerate(("balanced", "within_1_percent")):
-            plan[way], plan[f"{way}_ci95"] = estimate(joint, lambda units: capacities(units, x, joint.x)[i], log=True)
+        for way in ("balanced", "within_1_percent"):
+            plan[way], plan[f"{way}_ci95"] = estimate(joint, lambda units: capacities(units, x, way), log=True)
         plans.append(plan)
     between = [m for m in minima if m["edge"] == "between"]
-    own = f"of {len(minima)} data volumes, {sum(m['edge'] == 'largest' for m in minima)} do best with the largest model of the grid, or one beyond it"
+    own = f"of {len(minima)} data volumes, {sum(m['edge'] == 'largest' for m in minima)} do best with the grid's largest model, or beyond"
     if len({m["hours"] for m in between}) > 2:
         slope = np.polyfit(*np.log([[m["hours"], m["params_encoder"]] for m in between]).T, 1)[0]
-        own += f"; over the {len(between)} with their best between others it goes as hours^{slope:.2f}"
+        own += f"; over the {len(between)} that do best with one between it goes as hours^{slope:.2f}"
     return {"value": value, "ci95": ci95, "grid_minima": minima, "table": plans, "text": (
         f"capacity that fits goes as hours^g, g = {value:.2f}{span(ci95)} by the law; {own}")}
 
@@ -513,44 +522,47 @@ def follows(table, score, y, bootstrap, seed):
     rho = lambda pair: float(np.corrcoef(*map(rank, pair))[0, 1]) if np.ptp(pair, axis=1).min() > 0 else 0.
     rng, n = np.random.default_rng(seed), pair.shape[1]
     ci95 = interval(0., [rho(pair[:, rng.integers(n, size=n)]) for _ in range(bootstrap)]) if bootstrap else None
-    name = score.removesuffix("_macro_f1")
-    text = f"{name}: macro-F1 against loss over {n} runs, rank correlation {rho(pair):+.2f}{span(ci95, 2)}"
-    return {"value": rho(pair), "ci95": ci95, "n": n, "text": text + ("" if not ci95 else ": it follows" if ci95[1] < 0 else ": not decided")}
+    text = f"{score.removesuffix('_macro_f1')}: macro-F1 against {y} in {n} runs, rank correlation {rho(pair):+.2f}{span(ci95, '{:+.2f}')}"
+    return {"value": rho(pair), "ci95": ci95, "n": n, "text": text + sign(ci95, "it gets worse as the loss falls", "it follows the loss")}
 
 
 def recommend(path, users, hours_per_user):
-    """Print what the law in `path` says about a plan: capacity, expected loss, where to record the next hour, how far to trust it."""
+    """Print what the law in `path` says about a plan: capacity, expected loss, where to record the next hour, how sure it is."""
     try:
         first = json.loads(Path(path).read_text())["laws"][0]
-        names, ranges, scatter = first["x"], [first["range"][name] for name in first["x"]], first["scatter"]
-        units, draws = ({key: np.array(value, float) for key, value in known.items()} if known else None for known in (
-            {"E": [first["E"]], "log_A": np.log([first["A"]]), "alpha": [first["alpha"]]}, first["draws"]))
+        names, ranges = first["x"], [first["range"][name] for name in first["x"]]
+        known = Fit(*[None] * 10)._replace(widen=first["widen"], **{part: values and {
+            name: np.array(value, float) for name, value in values.items()} for part, values in (("draws", first["draws"]), (
+                "units", {"E": [first["E"]], "log_A": np.log([first["A"]]), "alpha": [first["alpha"]]}))})
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise Refused(f"{path} is no laws.json of this program ({type(error).__name__}: {error})") from None
-    known = Fit(*[None] * len(Fit._fields))._replace(units=units, draws=draws, widen=first["widen"])
     plan = {name: value for name, value in (("users", users), ("hours_per_user", hours_per_user)) if name in names}
     lacking = [f"--{name.replace('_', '-')}" for name, value in plan.items() if not (value and 0 < value < math.inf)]
     if lacking or not plan or set(names) - set(FACTORS):
-        raise Refused(f"{path} holds a law of {', '.join(names)}: --recommend is for laws of users or hours per user, and for this one "
-                      f"needs {' and '.join(lacking) or 'another grid'}")
+        raise Refused(f"{path} holds a law of {', '.join(names)}, and --recommend is for laws of users or hours per user"
+                      + f"; it needs a positive {' and '.join(lacking)}" * bool(lacking))
     x = list(plan.values())
-    show = lambda label, quantity, form: print(f"  {label:34s}{form.format(estimate(known, quantity, log=True)[0])}{span(estimate(known, quantity, log=True)[1])}")
-    print(f"{' x '.join(f'{value:g} {name}' for name, value in plan.items())}, by the law of {first['name']} [95 % interval]")
+
+    def show(label, quantity, form):
+        value, ci95 = estimate(known, quantity, log=True)
+        print(f"  {label:38s}{form.format(value)}{span(ci95, form)}")
+
+    print(f"{' x '.join(f'{value:g} {name}' for name, value in plan.items())}, by the law '{first['name']}' [95 % interval]")
     if names[-1] == "params_encoder":
-        for i, label in enumerate(("parameters, balanced with data", "parameters, within 1 % of the best")):
-            show(label, lambda units: capacities(units, x, names)[i], "{:,.0f}")
-        best = capacities(units, x, names)[1][0]
+        show("parameters, balanced with the data", lambda units: capacities(units, x, "balanced"), "{:,.0f}")
+        show("parameters, within 1 % of the best", lambda units: capacities(units, x, "within_1_percent"), "{:,.0f}")
+        best = capacities(known.units, x, "within_1_percent")[0]
         x.append(float(np.clip(best, *ranges[-1])))
-        print(f"  {'train a model of':34s}{x[-1]:,.0f} encoder parameters" + (", the largest that was run: more may pay" if best > x[-1] else ""))
+        print(f"  {'train':38s}{x[-1]:,.0f} encoder parameters{', the most that was run: more may pay' * bool(best > x[-1])}")
     show("expected loss", lambda units: loss_at(units, x), "{:.4f}")
-    print(f"  {'95 % of single runs within':34s}{scatter:.1%} of it")
-    if "users" in plan and "hours_per_user" in plan:
-        gain = lambda units: (units["alpha"] * terms_at(units, x))[:, :2]
-        show("a new user's hour is worth", lambda units: gain(units)[:, 0] / gain(units)[:, 1], "{:.2f} times one more hour of the same users")
-        print(f"  {'record the next hour':34s}with {'a new user' if np.diff(gain(units)[0]) < 0 else 'the users there are'}")
+    print(f"  {'95 % of single runs within':38s}{first['scatter']:.1%} of it")
+    if len(plan) == 2:
+        gain = lambda units: units["alpha"] * terms_at(units, x)                 # for 1 % more of each: the same hours in all
+        show("an hour of a new user gains", lambda units: gain(units)[:, 0] / gain(units)[:, 1], "{:.2f}")
+        print(f"  {'':38s}times what an hour more of the others gains: record {'new users' if np.diff(gain(known.units)[0])[0] < 0 else 'longer'}")
     for name, value, (low, high) in zip(names, x, ranges):
         if not low / 2 <= value <= 2 * high:
-            print(f"  ! {name} {value:g} lies beyond twice the fitted range, {low:g} to {high:g}: a guess")
+            print(f"  ! {name} = {value:g} lies beyond twice the fitted range, {low:g} to {high:g}: a guess")
 
 
 # ---------------------------------------------------------------- what is read
@@ -581,7 +593,16 @@ def read_table(path, names):
             raise Refused(f"{where}: {len(row)} fields under a header of {len(header)}")
     rows = [(where, dict(zip(header, row))) for where, row in lines[1:]]
     table = {name: numbers(rows, name) for name in names}
-    return {**table, "seed": np.array([row["seed"] for _, row in rows])} if "seed" in header else table
+    if "seed" in header and "seed" not in names:
+        group_by(table, [row["seed"] for _, row in rows])
+    return table
+
+
+def group_by(table, seeds, draws=None):
+    """Give `table` the groups to resample: whole seeds from three up, else the `draws` of a grid (its users x seed: two seeds
+    make only three different tables), else rows, which leave what the runs of a seed share out of the intervals."""
+    if len(set(seeds)) > 2 or (draws and len(set(seeds)) > 1):
+        table["group"] = np.array(seeds if len(set(seeds)) > 2 else draws)
 
 
 SAME = "data fingerprint sensors patch mask_ratio masking target positions batch optimizer precision decoder_width decoder_depth".split()
@@ -644,7 +665,7 @@ def study(rows, y, floor, bootstrap, column, seed):
     table = {name: numbers(placed, name) for name in (y, "hours", *FACTORS)}
     table["cap"] = np.array([math.inf if row.get("hours_cap") is None else row["hours_cap"] for row in rows])
     if all("seed" in row for row in rows):
-        table["seed"] = np.array([str(row["seed"]) for row in rows])
+        group_by(table, [str(row["seed"]) for row in rows], [f"{row['seed']} {row['users']}" for row in rows])
     set_to = {x: len(np.unique(table["cap" if x == "hours_per_user" else x])) for x in FACTORS}
     varied = tuple(x for x in FACTORS if set_to[x] > 2)
     for x in set(FACTORS) - set(varied):
@@ -820,17 +841,18 @@ def draw_grid(table, joint, by_hours, by_size, held, verdicts):
             draw_law(right, joint, with_size(ways, total / ways), ways, colour, f"{total:.2g} hours in all")
             near = (table["params_encoder"] == largest) & (np.abs(np.log(table["hours"] / total)) < .35)
             right.plot(table["users"][near], table[y][near], "o", color=colour, ms=5, mec="white", mew=.5)
-        left.set(xlim=users[[0, -1]], ylim=hours[[0, -1]], title="lines of equal loss; dotted: of equal hours")
-        right.set_title(f"hours shared by more users, {largest:,.0f} parameters")
+        left.set(xlim=users[[0, -1]], ylim=hours[[0, -1]], title="equal loss; dotted: equal hours")
+        right.set_title(f"equal hours, {largest:,.0f} parameters")
         finish(left, "users", "hours_per_user")
         finish(right, "users", y)
         right.legend()
     if "capacity" in verdicts:
         figures["capacity"], (ax,) = panels()
         low, high = table["hours"].min(), table["hours"].max()
-        for i, (label, colour) in enumerate((("law: 1 % more parameters gain what 1 % more data gain", COLOURS[0]), ("law: a larger model gains less than 1 %", COLOURS[2]))):
+        for way, label, colour in (("balanced", "law: 1 % more parameters gain what 1 % more data gain", COLOURS[0]),
+                                   ("within_1_percent", "law: a larger model gains less than 1 %", COLOURS[2])):
             for at, style in ((np.geomspace(low, high, 40), "-"), (np.geomspace(high, 4 * high, 20), "--")):
-                found = [estimate(by_hours, lambda units: capacities(units, [h], by_hours.x)[i], log=True) for h in at]
+                found = [estimate(by_hours, lambda units: capacities(units, [h], way), log=True) for h in at]
                 ax.plot(at, [value for value, _ in found], style, color=colour, lw=1.8, label=label if style == "-" else None)
                 if by_hours.draws:
                     ax.fill_between(at, *np.transpose([ci95 for _, ci95 in found]), color=colour, alpha=.15, lw=0)
@@ -849,7 +871,7 @@ def draw_grid(table, joint, by_hours, by_size, held, verdicts):
         for ax, name, colour in zip(axes, downstream, cycle(COLOURS)):
             ax.plot(table[y], table[f"{name}_macro_f1"], "o", ms=5, color=colour, mec="white", mew=.5)
             verdict = verdicts[f"downstream_{name}"]
-            ax.set_title(f"{name}\nrank correlation {verdict['value']:+.2f}{span(verdict['ci95'], 2)}", fontsize=11)
+            ax.set_title(f"{name}\nrank correlation {verdict['value']:+.2f}{span(verdict['ci95'], '{:+.2f}')}", fontsize=11)
             finish(ax, f"{y} of pre-training", "macro-F1 of a linear probe" if ax is axes[0] else "", log="x")
     return figures
 
@@ -870,12 +892,13 @@ def entry(name, fitted, held, table):
         "E": E[0], "A": [value for value, _ in A], "alpha": [number(value) for value, _ in alpha],
         **{part: [number(v) for v in fitted.units[part][0]] for part in ("beta", "x0") if np.isfinite(fitted.units[part]).any()},
         "ci95": {"E": E[1], "A": [ci95 for _, ci95 in A], "alpha": [ci95 for _, ci95 in alpha]} if draws else None,
-        "objective": float(fitted.objective), "n": len(fitted.residuals), "aicc": number(aicc(fitted)),
+        "objective": float(fitted.objective), "n": len(fitted.residuals), "aicc": number(fitted.aicc),
         "in_sample": {"median_relative_error": float(np.median(np.abs(np.expm1(-fitted.residuals)))),
                       "worst_relative_error": float(np.abs(np.expm1(-fitted.residuals)).max())},
         "holdout": held and {key: value for key, value in held.items() if key not in ("truth", "predicted")},
         "scatter": scatter(fitted), "range": {x: [float(table[x].min()), float(table[x].max())] for x in fitted.x},
         "warnings": fitted.warnings, "widen": fitted.widen,
+        "resampled": f"{len(set(table['group']))} groups" if "group" in table else "rows",
         "draws": draws and {part: np.clip(draws[part][:200], -700, 700).round(9).tolist() for part in ("E", "log_A", "alpha")}}
 
 
@@ -886,7 +909,7 @@ def report(entries, verdicts):
     rows = [("E", first["E"], "E", None)] + [(f"{part} of {x}", first[part][i], part, i) for i, x in enumerate(first["x"]) for part in ("A", "alpha")]
     for label, value, part, i in rows:
         ci95 = first["ci95"] and (first["ci95"][part] if i is None else first["ci95"][part][i])
-        print(f"  {label:26s}{value:<14.6g}{'95 %' * bool(ci95)}{span(ci95, 5)}")
+        print(f"  {label:26s}{value:<14.6g}{'95 %' * bool(ci95)}{span(ci95, '{:.5g}')}")
     for label, errors in (("in sample", first["in_sample"]), ("held out", first["holdout"])):
         if errors:
             what = f", largest {errors['column']}, {errors['n']} rows" if "column" in errors else ""
@@ -942,7 +965,7 @@ def main():
             figure.savefig(temporary, dpi=150)
     text = json.dumps({"laws": entries, "verdicts": verdicts, "provenance": provenance()}, indent=1, allow_nan=False)
     with replacing(Path(a.out) / "laws.json") as temporary:      # lists of numbers on one line each
-        temporary.write_text(re.sub(r'\[[^\[\]{}"]*\]', lambda numbers: " ".join(numbers[0].split()), text) + "\n")
+        temporary.write_text(re.sub(r'\[[\[\]\d\s.,enul+-]*\]', lambda numbers: " ".join(numbers[0].split()), text) + "\n")
     report(entries, verdicts)
     print(f"\n{a.out}: laws.json, {'results.csv, ' * Path(a.target).is_dir()}{', '.join(f'{name}.png' for name in figures)}")
 

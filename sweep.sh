@@ -29,27 +29,32 @@ OUT=${OUT:-runs/$DATA}                            # a folder a cell in here
 RESULTS=${RESULTS:-results/$(basename "$OUT")}    # the table, laws.json and the figures
 cores=${SLURM_CPUS_ON_NODE:-$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}
 JOBS=${JOBS:-$cores}                              # cells side by side: two of one thread do 1.5 times the work of one of two
-THREADS=${THREADS:-$((cores > JOBS ? cores / JOBS : 1))}                      # of each cell
+THREADS=${THREADS:-}                              # of each cell; by default the cores are shared out
 # ---------------------------------------------------------------- the cells
 set -f                                            # words are words, never file patterns
 code=$(dirname "$0")                              # Slurm runs a copy of this script, and knows of what
-[ -f "$code/pretrain.py" ] || code=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p')")
+[ -f "$code/pretrain.py" ] || code=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n '/Command=/{s/^ *Command=\([^ ]*\).*/\1/p;q;}')")
 PYTHON=${PYTHON:-$(for p in ${VIRTUAL_ENV:+python} "$code/.venv/bin/python" python python3; do command -v "$p" && break; done)}
-export OMP_NUM_THREADS=$THREADS OMP_WAIT_POLICY=passive
 
 refuse() { echo "sweep.sh: $1" >&2; exit 2; }
-every() {                                         # name, form, words: refuse the word that isn't of that form
-    local name=$1 form=$2 word; shift 2
-    for word in "$@"; do [[ $word =~ ^($form)$ ]] || refuse "$name has '$word', which isn't of the form $form"; done
+every() {                                         # name, what its words must be, as a regular expression, the words
+    local name=$1 what=$2 form=$3 word; shift 3
+    for word in "$@"; do [[ $word =~ ^($form)$ ]] || refuse "$name has '$word', which is not $what"; done
 }
 case "$# ${1-}" in
     "0 " | "1 --list") ;;
     "1 --help") sed -n '2,/^# ---/{/^# ---/d;/^#SBATCH/d;s/^# \{0,1\}//;p;}' "$0"; exit ;;
     *) refuse "'$*' is not --list or --help, which is all it takes; the grid is set by variables (see --help)" ;;
 esac
-every USERS '[1-9][0-9]*|all' "${users[@]}"; every HOURS '[0-9]*\.?[0-9]+|all' "${hours[@]}"; every SEEDS '[0-9]+' "${seeds[@]}"
-every MODELS '[1-9][0-9]*x[1-9][0-9]*x[1-9][0-9]*' "${models[@]}"; every STEPS '[1-9][0-9]*' "$STEPS"
-every "JOBS or THREADS" '[1-9][0-9]*' "$JOBS" "$THREADS"; every "DATA or PROBES" '[A-Za-z0-9_.+-]+' "$DATA" $PROBES
+number='[1-9][0-9]*'
+every USERS "a number or all" "$number|all" "${users[@]}"
+every HOURS "a number or all" '[0-9]*\.?[0-9]+|all' "${hours[@]}"
+every MODELS "WIDTHxDEPTHxHEADS" "${number}x${number}x$number" "${models[@]}"
+every SEEDS "a number" '[0-9]+' "${seeds[@]}"
+every "STEPS, JOBS or THREADS" "a number above 0" "$number" "$STEPS" "$JOBS" $THREADS
+every "DATA or PROBES" "the name of a data set" '[A-Za-z0-9_.+-]+' "$DATA" $PROBES
+THREADS=${THREADS:-$((cores > JOBS ? cores / JOBS : 1))}
+export OMP_NUM_THREADS=$THREADS OMP_WAIT_POLICY=passive
 
 grid=()
 for s in "${seeds[@]}"; do for u in "${users[@]}"; do for h in "${hours[@]}"; do for m in "${models[@]}"; do
@@ -63,7 +68,13 @@ if [ -n "$SLURM_ARRAY_TASK_ID" ]; then
 fi
 
 # ---------------------------------------------------------------- their commands, and what state they are in
-fingerprint() { sed -n 's/.*"fingerprint": "\([0-9a-f]*\)".*/\1/p' $(printf "data/%s/meta.json " ${1//+/ }) 2>/dev/null; }
+fingerprints() {                                  # of the data, then of each probe's: in `prints`
+    local set
+    prints=()
+    for set in "$DATA" "${probes[@]}"; do
+        prints+=("$(sed -n 's/.*"fingerprint": "\([0-9a-f]*\)".*/\1/p' $(printf "data/%s/meta.json " ${set//+/ }) 2>/dev/null | tr '\n' ' ')")
+    done
+}
 pretraining() {                                   # cell -> dir; words: the command; key: what makes it another command
     local u h m s w d n
     IFS=- read -r u h m s <<< "$1"
@@ -105,7 +116,7 @@ def flops(cell):                                  # a window, forward: patch 5, 
     W, D, heads = map(int, cell.split("-")[2].split("x"))
     return 3160 * W + D * (480 * W * W + 1600 * W) + 5.67e6
 rows = [line.split() for line in sys.stdin]
-known = [(flops(cell), int(took)) for state, took, cell in rows if state == "done" and int(took)]
+known = [(flops(cell), int(took)) for state, took, cell in rows if state == "done" and int(took) > 0]
 for state, took, cell in rows:                    # cells of that model took so long; or else, all cells by their FLOPs
     like = [(f, t) for f, t in known if f == flops(cell)] or known
     left = round(flops(cell) * sum(t for f, t in like) / sum(f for f, t in like)) if like else "?"
@@ -162,14 +173,14 @@ work() {                                          # one of the JOBS: whatever ce
             [ -z "$stop" ] || return
         done
         todo=("${busy[@]}")
-        [ ${#todo[@]} = 0 ] || run sleep 2
+        [ ${#todo[@]} = 0 ] || run sleep 1
         [ -z "$stop" ] || return
     done
 }
 
 # ---------------------------------------------------------------- the sweep
-probes=($PROBES) prints=("$(fingerprint "$DATA")")
-for p in "${probes[@]}"; do prints+=("$(fingerprint "$p")"); done
+probes=($PROBES)
+fingerprints
 if [ "${1-}" = --list ]; then
     survey | while read -r state left cell; do
         pretraining "$cell"; line="${words[*]}"
@@ -186,7 +197,7 @@ trap 'requeue=1; leave 143' USR1                  # Slurm, a minute before the t
 stopped() {                                       # the end, if there was a signal
     [ -n "$stop" ] || return
     echo "sweep.sh: stopped; what ran has saved, and the same command goes on" >&2
-    [ -z "$requeue" ] || scontrol requeue "$SLURM_JOB_ID"
+    [ -z "$requeue" ] || scontrol requeue "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
     exit "$stop"
 }
 unfinished() { for cell in "$@"; do finished "$cell" || echo "$cell"; done; }
@@ -196,7 +207,8 @@ unfinished() { for cell in "$@"; do finished "$cell" || echo "$cell"; done; }
 for set in ${DATA//+/ } ${PROBES//+/ }; do
     [ -f "data/$set/meta.json" ] || run "$PYTHON" "$code/data.py" "$set" || { stopped; refuse "the data set '$set' isn't there"; }
 done
-prints=(); for p in "$DATA" "${probes[@]}"; do prints+=("$(fingerprint "$p")"); done
+stopped
+fingerprints
 mkdir -p "$OUT" || refuse "$OUT can't be made"
 for cell in "${cells[@]}"; do rm -f "$OUT/$cell/failed"; done
 echo "$(date +%T) $(progress) $OUT, $JOBS at a time, $THREADS threads each"

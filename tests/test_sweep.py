@@ -3,9 +3,9 @@
 A run of pretrain.py is cut off, torn and starved for real. What sweep.sh does with its cells is shown on stand-ins for the
 four scripts, which count steps instead of learning; with the real ones it is killed 20 times by `python -m pytest -m slow`.
 """
-import contextlib
 import csv
 import fcntl
+import gc
 import json
 import os
 import random
@@ -27,7 +27,7 @@ CODE = Path(pretrain.__file__).parent
 ENVIRONMENT = {**{name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH") if name in os.environ},
                "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 SHAPE = ["--patch", "20", "--batch", "16", "--decoder-width", "16", "--precision", "fp32"]
-TINY = ["--width", "8", "--depth", "1", "--heads", "2", *SHAPE, "--threads", "1", "--device", "cpu", "--steps", "800"]
+TINY = ["--width", "8", "--depth", "1", "--heads", "2", *SHAPE, "--threads", "1", "--device", "cpu", "--steps", "500"]
 
 
 # ---------------------------------------------------------------- one run
@@ -59,9 +59,12 @@ def inside(monkeypatch, capsys, home, out, *flags):
     monkeypatch.chdir(home)
     monkeypatch.setattr(sys, "argv", ["pretrain.py", *TINY, *flags, "--out", str(out)])
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    with pytest.raises(SystemExit) as left:
+    try:
         data.command(pretrain.main)
-    return left.value.code or 0, capsys.readouterr().err
+    except SystemExit as left:
+        status = left.code or 0
+    gc.collect()                                                  # what the traceback held open is closed: the run's lock
+    return status, capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +73,7 @@ def runs(home):
     what lay on disk before that last start: the checkpoint of Ctrl-C, and the one of TERM before it."""
     whole = start(home, "runs/whole")
     said = {number: interrupt(home, "runs/cut", number, step)
-            for number, step in ((signal.SIGTERM, 80), (signal.SIGKILL, 240), (signal.SIGINT, 320))}
+            for number, step in ((signal.SIGTERM, 50), (signal.SIGKILL, 150), (signal.SIGINT, 200))}
     shutil.copytree(home / "runs/cut", home / "runs/middle")
     last = start(home, "runs/cut")
     assert (whole.wait(), last.wait()) == (0, 0)
@@ -283,13 +286,226 @@ def lines(path):
     return path.read_text().splitlines() if path.exists() else []
 
 
-def state_of(cell):
+def worked_on(home):
+    """The cells whose lock somebody holds."""
+    busy = []
+    for path in home.glob("runs/grid/*/.sweep"):
+        with open(path) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                busy.append(path.parent.name)
+    return busy
+
+
+def steps_of(cell):
     return json.loads((cell / "state").read_text())[0] if (cell / "state").exists() else 0
 
 
-def still_running(home):
-    """Processes whose working directory is `home`."""
-    found = subprocess.run(["lsof", "-t", "+d", home], capture_output=True, text=True) if shutil.which("lsof") else None
-    if found:
-        return found.stdout.split()
-    return [p.name for p in Path("/proc").glob("[0-9]*") if os.path.exists(p / "cwd") and os.readlink(p / "cwd") == str(home)]
+def wait_for(condition, seconds=60):
+    for _ in range(int(seconds / 0.05)):
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def undisturbed(users, hours=("0.1", "0.2"), steps=60):
+    """The stand-ins' table: their loss depends on every step, and on the order of the steps."""
+    rows = {}
+    for user in users:
+        loss = user
+        for step in range(steps):
+            loss = (31 * loss + step) % 9973
+        rows |= {f"u{user}-h{h}-8x1x2-s0": {"name": f"u{user}-h{h}-8x1x2-s0", "loss": str(loss)} for h in hours}
+    return rows
+
+
+@pytest.mark.parametrize("everything", [True, False], ids=["with all its children", "alone"])
+def test_a_sweep_killed_at_random_moments_ends_with_the_table_of_an_undisturbed_one(stand_ins, everything):
+    code, home = stand_ins
+    moments = random.Random(everything)
+    for _ in range(4):
+        process = sweep(code, home, **GRID)
+        time.sleep(moments.uniform(0.1, 1.0))
+        os.killpg(process.pid, signal.SIGKILL) if everything else process.kill()
+        process.stdout.close()
+        process.wait()
+    status, said = finish(sweep(code, home, **GRID))
+    assert status == 0 and table(home) == undisturbed([2, 3, 5]), said
+    assert wait_for(lambda: not worked_on(home))
+
+
+def test_what_a_killed_sweep_was_running_saves_and_ends(stand_ins):
+    code, home = stand_ins
+    process = sweep(code, home, **{**GRID, "STEPS": "3000"})
+    assert wait_for(lambda: len(list(home.glob("runs/grid/*/config"))) == 2)
+    process.kill()
+    assert wait_for(lambda: not worked_on(home), 10), "without a sweep, nothing goes on in the background"
+    assert all("saved at" in lines(log)[-1] for log in home.glob("runs/grid/*/log.txt"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_sweep_that_is_told_to_stop_lets_its_cells_save(stand_ins, number):
+    code, home = stand_ins
+    process = sweep(code, home, **GRID)
+    assert wait_for(lambda: len(list(home.glob("runs/grid/*/config"))) == 2)
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)       # as a terminal does
+    status, said = finish(process)
+    assert status == 128 + number and "the same command goes on" in said and not worked_on(home)
+    assert any(map(steps_of, home.glob("runs/grid/*"))) and not list(home.glob("runs/grid/*/failed"))
+    status, said = finish(sweep(code, home, **GRID))
+    assert status == 0 and table(home) == undisturbed([2, 3, 5]), said
+
+
+def test_two_sweeps_at_once_share_the_cells(stand_ins):
+    code, home = stand_ins
+    both = [sweep(code, home, **GRID) for _ in range(2)]
+    said = [finish(process) for process in both]
+    assert [status for status, _ in said] == [0, 0], said
+    assert sorted(lines(home / "trained")) == sorted(lines(home / "probed")) == sorted(f"runs/grid/{name}" for name in undisturbed([2, 3, 5]))
+    assert all(": loss " in text for _, text in said), "each did some"
+
+
+def test_a_failed_cell_is_reported_and_only_that_one_is_repeated(stand_ins):
+    code, home = stand_ins
+    grid = {**GRID, "USERS": "2 99 3", "HOURS": "0.1"}
+    status, said = finish(sweep(code, home, **grid))
+    assert status == 1 and "u99-h0.1-8x1x2-s0: FAILED" in said and "--users 99 is more than there are" in said
+    assert sorted(lines(home / "trained")) == ["runs/grid/u2-h0.1-8x1x2-s0", "runs/grid/u3-h0.1-8x1x2-s0"], "the others went on"
+    assert "failed" in finish(sweep(code, home, "--list", **grid))[1]
+    (home / "many").touch()                                       # what made it fail is gone
+    status, said = finish(sweep(code, home, **grid))
+    assert status == 0 and "3 of 3 done" in said
+    assert [len(lines(home / f"runs/grid/u{u}-h0.1-8x1x2-s0/starts")) for u in (2, 3, 99)] == [1, 1, 2]
+
+
+def test_a_result_is_never_taken_for_that_of_other_flags_or_other_data(stand_ins):
+    code, home = stand_ins
+    grid = {**GRID, "USERS": "2", "HOURS": "0.1"}
+    assert finish(sweep(code, home, **grid))[0] == 0
+    for change in ({"STEPS": "61"}, {"FLAGS": "--lr 0.1"}):
+        status, said = finish(sweep(code, home, **{**grid, **change}))
+        assert status == 1 and "holds another run" in said
+        assert finish(sweep(code, home, **grid))[0] == 0
+    assert len(lines(home / "runs/grid/u2-h0.1-8x1x2-s0/starts")) == 3, "what is done is known without starting Python"
+    (home / "data/simulated/meta.json").write_text('{"fingerprint": "beef"}')
+    assert "to do" in finish(sweep(code, home, "--list", **grid))[1]
+
+
+def test_list_names_each_cell_with_its_commands_and_touches_nothing(stand_ins):
+    code, home = stand_ins
+    listed = finish(sweep(code, home, "--list", **{**GRID, "HOURS": "0.1 all", "FLAGS": "--batch 64"}))[1].splitlines()[:-1]
+    assert len(listed) == 6 and not list(home.iterdir())
+    assert "pretrain.py --out runs/grid/u2-hall-8x1x2-s0" in listed[1] and "--hours" not in listed[1] and "--batch 64" in listed[1]
+    assert "finetune.py runs/grid/u2-hall-8x1x2-s0 --data simulated --mode probe" in listed[1] and "to do" in listed[1]
+
+
+@pytest.mark.parametrize("arguments, variables, word", [
+    (["--lisst"], {}, "--lisst"), (["--list", "all"], {}, "--list all"), ([], {"USERS": "4 -2"}, "-2"), ([], {"MODELS": "64x3"}, "64x3"),
+    ([], {"HOURS": "0.1 *"}, "*"), ([], {"JOBS": "0"}, "JOBS"), ([], {"DATA": "../data"}, "../data"), ([], {"DATA": "mine"}, "mine"),
+    ([], {"PYTHON": "no-such-python"}, "no-such-python")])
+def test_a_sweep_that_makes_no_sense_is_refused(stand_ins, arguments, variables, word):
+    code, home = stand_ins
+    status, said = finish(sweep(code, home, *arguments, **{**GRID, **variables}))
+    assert status == 2 and word in said and not list(home.iterdir())
+
+
+@pytest.mark.slow
+def test_twenty_kills_of_the_real_thing_and_two_sweeps_at_once(home, tmp_path):
+    """Prints the two tables' losses: `python -m pytest -m slow -s`."""
+    grid = dict(USERS="2 3 4 6", HOURS="0.02 all", MODELS="8x1x2", STEPS="1500", OUT="runs/grid", FLAGS=" ".join([*SHAPE, "--evaluations", "5"]))
+    for name in ("left-alone", "killed"):
+        shutil.copytree(home / "data", tmp_path / name / "data")
+    status, said = finish(sweep(CODE, tmp_path / "left-alone", **grid))
+    assert status == 0, said
+    moments = random.Random(0)
+    for kill in range(20):
+        process = sweep(CODE, tmp_path / "killed", **grid)
+        time.sleep(moments.uniform(1, 14))
+        os.killpg(process.pid, signal.SIGKILL) if kill % 2 else process.kill()
+        process.stdout.close()
+        process.wait()
+        done = len(list(tmp_path.glob("killed/runs/grid/*/result.json")))
+        print(f"kill {kill + 1}: {done} of 8 cells done", flush=True)
+    said = [finish(process) for process in [sweep(CODE, tmp_path / "killed", **grid) for _ in range(2)]]
+    assert [status for status, _ in said] == [0, 0], said
+    one, other = table(tmp_path / "left-alone"), table(tmp_path / "killed")
+    for name in one:
+        print(name, one[name]["loss"], other[name]["loss"])
+    assert one == other and len(one) == 8
+
+
+# ---------------------------------------------------------------- on a cluster
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """A Slurm of one node with a munge of its own, for as long as the test lasts: calls its commands, returns what they say."""
+    path = os.environ["PATH"] + ":/usr/sbin:/sbin"
+    missing = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if not shutil.which(name, path=path)]
+    if missing or os.geteuid():
+        pytest.skip(f"not installed: {', '.join(missing)} (Debian: slurm-wlm munge)" if missing else "slurmd is root's")
+    node, conf = socket.gethostname().split(".")[0], tmp_path / "slurm.conf"
+    for name in ("state", "spool"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "key").touch(0o600)
+    (tmp_path / "key").write_bytes(os.urandom(1024))
+    conf.write_text(f"""
+ClusterName=one
+SlurmctldHost={node}(127.0.0.1)
+SlurmUser=root
+AuthInfo=socket={tmp_path}/munge
+StateSaveLocation={tmp_path}/state
+SlurmdSpoolDir={tmp_path}/spool
+SlurmctldPidFile={tmp_path}/slurmctld.pid
+SlurmdPidFile={tmp_path}/slurmd.pid
+SlurmctldPort={free_port()}
+SlurmdPort={free_port()}
+ProctrackType=proctrack/pgid
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+NodeName={node} NodeAddr=127.0.0.1 CPUs={os.cpu_count()} State=UNKNOWN
+PartitionName=main Nodes=ALL Default=YES State=UP
+""")
+    environment = {**ENVIRONMENT, "PATH": path, "SLURM_CONF": str(conf)}
+    call = lambda *words, **more: subprocess.run(words, env={**environment, **more}, cwd=tmp_path / "home", capture_output=True, text=True).stdout
+    daemons = []
+    try:
+        for words in (["munged", "-F", "--force", "-S", tmp_path / "munge", "--key-file", tmp_path / "key", "--log-file", tmp_path / "munge.log",
+                       "--pid-file", tmp_path / "munge.pid", "--seed-file", tmp_path / "seed"], ["slurmctld", "-D", "-c"], ["slurmd", "-D"]):
+            with open(tmp_path / f"{words[0]}.log", "w") as log:
+                daemons.append(subprocess.Popen(words, env=environment, stdout=log, stderr=log))
+            time.sleep(1)
+        assert wait_for(lambda: "idle" in call("sinfo", "-h", "-o", "%T")), (tmp_path / "slurmctld.log").read_text()
+        yield call
+        call("scancel", "--user=root")
+        wait_for(lambda: not call("squeue", "-h"), 20)
+    finally:
+        for daemon in reversed(daemons):
+            daemon.terminate()
+            daemon.wait()
+
+
+def test_a_slurm_job_array_does_the_cells_and_a_time_limit_loses_nothing(stand_ins, slurm):
+    """The second task gets, while it runs, the signal that announces the time limit: it saves, and is queued again."""
+    code, home = stand_ins
+    grid = {**GRID, "USERS": "2 3", "HOURS": "0.1", "STEPS": "600"}
+    job = slurm("sbatch", "--parsable", "--array=1-2", code / "sweep.sh", **grid).strip()
+    first, second = (home / f"runs/grid/u{user}-h0.1-8x1x2-s0" for user in (2, 3))
+    assert wait_for(lambda: steps_of(second) >= 20), lines(home / f"slurm-{job}_2.out")
+    slurm("scancel", "--batch", "--signal=USR1", f"{job}_2")
+    assert wait_for(lambda: "saved at" in "".join(lines(second / "log.txt")))
+
+    def done():                                                   # Slurm lets two minutes pass before a job runs again
+        slurm("scontrol", "update", f"JobId={job}_2", "StartTime=now")
+        return (home / "results/grid/results.csv").exists()
+
+    assert wait_for(done, 200), slurm("squeue")
+    assert [len(lines(cell / "starts")) for cell in (first, second)] == [1, 2]
+    assert table(home) == undisturbed([2, 3], ["0.1"], 600)

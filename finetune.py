@@ -1,0 +1,480 @@
+"""
+Downstream: what a pre-trained encoder knows about activities, asked of people it has never seen.
+
+    windows (n, C, T)               standardised as in pre-training; a tail shorter than a patch is cut
+      encode    ->  (n, S, G, D)    a latent for each patch of each sensor, nothing masked
+      pool      ->  (n, F)          averaged over time, sensor by sensor: F = S x D
+      classify  ->  (n, K)          multinomial logistic regression, or a head trained together with the encoder
+      score     ->  RUN/finetune/DATA-MODE.json and .png
+
+    probe     the encoder stays as it is: logistic regression on its features
+    tune      encoder and head are trained together, from the checkpoint and the probe's solution
+    scratch   the same from random weights: what the labels alone can do
+    random    the probe of an untrained encoder: what the architecture alone can do
+
+Always split by user. In each fold a fifth of the training users are set aside: they choose the penalty (probe, random), or
+the epoch to keep (tune, scratch). The probe is then fitted on all training users, with those; a network isn't trained again.
+The test users are looked at once, when all that is decided.
+
+    python finetune.py runs/first --data simulated
+    python finetune.py runs/first --data ucihar --mode tune
+    python finetune.py runs/first --data wisdm_watch --label-users 1,2,4,8,16    # what pre-training saves in labels
+    python finetune.py runs/first --data wisdm_watch --split window              # how good a leak looks
+"""
+import os
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")              # before torch: idle threads sleep
+import argparse, copy, itertools, json, sys, time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data import Refused, command, held_out_users, load, provenance, replacing, write_json
+from model import MAE, patchify
+from pretrain import choose_device, choose_precision, digest, keep_memory, load_run, select_sensors, standardise
+
+MODES = ["probe", "tune", "scratch", "random"]
+PENALTIES = [3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5]                 # L2, strongest first
+SAME_PEOPLE = [{"ucihar", "hapt"}, {"wisdm_watch", "wisdm_phone"}]           # recorded with the same volunteers
+
+
+# ---------------------------------------------------------------- who trains, who is tested
+def labelled(prepared):
+    """Rows of the windows that have a label. Raises Refused if none has, or if a label has no name."""
+    name, labels, known = prepared.meta["name"], np.asarray(prepared.labels), len(prepared.meta["classes"])
+    if not (labels >= 0).any():
+        raise Refused(f"the data set '{name}' has no labels: it serves for pre-training only")
+    if labels.max() >= known or labels.min() < -1:
+        raise Refused(f"the data set '{name}' has labels from {labels.min()} to {labels.max()}, but {known} names of classes: "
+                      "prepare it again")
+    return np.flatnonzero(labels >= 0)
+
+
+def user_folds(meta, users, labels, pretrained_on, seed):
+    """Which windows train and which test: [(train, test), ...], indices into users (n,), labels (n,). No user is on both
+    sides of a fold or tested in two.
+
+    Official test users where the set has some; those held out of pre-training if the encoder has seen the others
+    (`pretrained_on`: "data" of its config); else 5 folds over users. Raises Refused where one can't be had.
+    """
+    shared = set(meta["name"].split("+")) & set(pretrained_on["name"].split("+"))
+    if meta["test_users"]:
+        tests = [[u for u, name in enumerate(meta["users"]) if name in meta["test_users"]]]
+    elif shared or pretrained_on["fingerprint"] == meta["fingerprint"]:
+        tests = [sum(held_out_users(meta), [])]
+    else:
+        order = np.random.default_rng([seed, 30]).permutation(np.unique(users))
+        tests = [order[k::5] for k in range(min(5, len(order)))]
+    folds = [(np.flatnonzero(~np.isin(users, test)), np.flatnonzero(np.isin(users, test))) for test in tests]
+    for train, test in folds:
+        if not len(train) or not len(test):
+            raise Refused(f"the labels of '{meta['name']}' are of {len(np.unique(users))} users, too few to train on some and "
+                          "test on others: prepare more")
+        missing = np.setdiff1d(labels[test], labels[train])
+        if len(missing):
+            raise Refused(f"'{meta['classes'][missing[0]]}' can't be learned in one of the folds of '{meta['name']}': only users "
+                          "who are tested there have it; prepare more users")
+    return folds
+
+
+def window_folds(folds, seed):
+    """As many folds of the same sizes, but of windows drawn at random: each test user is in training, too."""
+    order = np.random.default_rng([seed, 33]).permutation(np.concatenate(folds[0]))
+    ends = np.cumsum([len(test) for _, test in folds])
+    return [(np.delete(order, np.s_[end - len(test):end]), order[end - len(test):end]) for end, (_, test) in zip(ends, folds)]
+
+
+def few_users(folds, users, count, seed):
+    """The folds with `count` training users each, drawn so that the first 2 are among the first 4; 5 draws of a single fold."""
+    few = []
+    for k, (train, test) in enumerate(folds * (5 if len(folds) == 1 else 1)):
+        order = np.random.default_rng([seed, 32, k]).permutation(np.unique(users[train]))
+        if count > len(order):
+            raise Refused(f"--label-users {count} is more than the {len(order)} training users of a fold")
+        few.append((train[np.isin(users[train], order[:count])], test))
+    return few
+
+
+def set_aside(train, groups, seed):
+    """Training rows -> (fit, validation): a fifth of the groups (n,), one at least; of a single user every fifth window."""
+    mine = np.random.default_rng([seed, 31]).permutation(np.unique(groups[train]))
+    held = np.isin(groups[train], mine[:max(1, len(mine) // 5)]) if len(mine) > 1 else np.arange(len(train)) % 5 == 4
+    return train[~held], train[held]
+
+
+# ---------------------------------------------------------------- windows to features
+def sensor_numbers(sensors, pretrained):
+    """The numbers by which an encoder pre-trained on the sensors `pretrained` knows `sensors`. Raises Refused."""
+    if pretrained not in ("both", sensors):
+        raise Refused(f"this run was pre-trained with --sensors {pretrained} and knows nothing else: say the same here")
+    return [0] if pretrained != "both" else {"both": [0, 1], "acc": [0], "gyro": [1]}[sensors]
+
+
+def build(weights, config, samples):
+    """The encoder for windows of `samples`, longer ones than it was trained on, too; `weights` None: untrained."""
+    steps = samples // config["model"]["patch"]
+    if steps < 1 or config["model"]["positions"] == "learned" and steps > config["model"]["steps"]:
+        raise Refused(f"this run knows windows of 1 to {config['model']['steps']} patches of {config['model']['patch']} samples, "
+                      f"these have {samples} samples: use a run with rotary positions and shorter patches")
+    model = MAE(**{**config["model"], "steps": max(steps, config["model"]["steps"])})
+    if weights:
+        model.load_state_dict(weights)
+    return model.eval()
+
+
+def encode(model, x, sensors):
+    """Windows x (B, C, T) of the sensors with these numbers -> latents (B, S, G, D): every patch visible, none masked."""
+    tokens = patchify(x, model.patch)                                                            # (B, S, G, 3P)
+    B, S, G, _ = tokens.shape
+    index = (torch.tensor(sensors, device=x.device)[:, None] * G + torch.arange(G, device=x.device)).flatten()
+    return model.encode(tokens.flatten(1, 2), index.expand(B, -1), G).view(B, S, G, -1).float()
+
+
+def pool(latents, how):
+    """(B, S, G, D) -> (B, F): each sensor's average over time; with "mean+std" also how far its latents stray from it."""
+    mean = latents.mean(2)
+    if how == "mean":
+        return mean.flatten(1)
+    return torch.cat([mean, ((latents - mean[:, :, None]).square().mean(2) + 1e-5).sqrt()], dim=1).flatten(1)
+
+
+@torch.no_grad()
+def batched(net, windows_at, rows, size=64):
+    """The net's answers to the windows `rows`, float32 on the CPU."""
+    return torch.cat([net(windows_at(some)).float().cpu() for some in np.array_split(rows, -(-len(rows) // size))])
+
+
+# ---------------------------------------------------------------- logistic regression
+def regression_path(x, y, classes, penalties, tolerance=1e-5, start=None):
+    """Multinomial logistic regression of y (n,) on x (n, F), penalty after penalty; yields weights (F + 1, K), bias last.
+
+        minimise over W, b   mean of -log softmax(x W + b)[y]  +  l2 / 2 |W|^2
+
+    by L-BFGS with the exact gradient, until no entry of that exceeds `tolerance`; each solution starts the next (`start` the
+    first). Features are correlated, so the search goes along their principal axes, in units of the loss's curvature there,
+    about .3 variance + l2: the same minimum in half the steps.
+    """
+    from scipy.optimize import minimize                          # here: what is done already needs no scipy
+    rows = torch.arange(len(x))
+    variance, axes = torch.linalg.eigh(x.mT.double() @ x.double() / len(x))
+    weights = torch.zeros(x.shape[1] + 1, classes).double() if start is None else start
+    for l2 in penalties:
+        scale = (0.3 * variance.clamp(min=0) + l2).rsqrt()
+        z, shrink = x @ (axes * scale).to(x.dtype), (l2 * scale.square())[:, None].to(x.dtype)
+
+        def loss_and_gradient(flat):
+            w = torch.from_numpy(flat).to(x.dtype).view(-1, classes)
+            log_p = F.log_softmax(torch.addmm(w[-1], z, w[:-1]), dim=1)                          # (n, K)
+            loss = 0.5 * (shrink * w[:-1].square()).sum() - log_p[rows, y].mean()
+            error = log_p.exp() / len(x)                                                         # softmax less one-hot
+            error[rows, y] -= 1 / len(x)
+            gradient = torch.cat([z.mT @ error + shrink * w[:-1], error.sum(0, keepdim=True)])
+            return loss.item(), gradient.flatten().double().numpy()
+
+        first = torch.cat([axes.mT @ weights[:-1] / scale[:, None], weights[-1:]])
+        found = minimize(loss_and_gradient, first.flatten().numpy(), jac=True, method="L-BFGS-B",
+                         options={"maxiter": 5000, "maxfun": 10000, "maxcor": 20, "gtol": tolerance, "ftol": 0})
+        w = torch.from_numpy(found.x).view(-1, classes)
+        weights = torch.cat([(axes * scale) @ w[:-1], w[-1:]])
+        yield weights
+
+
+def predict(x, weights):
+    return (x @ weights[:-1].to(x.dtype) + weights[-1].to(x.dtype)).argmax(1)
+
+
+def fit_probe(x, y, fit, validation, last, classes):
+    """Standardise on the rows `fit`, choose the penalty by the macro-F1 of `validation`; then both again on the rows `last`.
+    Returns weights (F + 1, K), the features' mean and deviation, the penalty."""
+    moments = lambda rows: (x[rows].mean(0), x[rows].std(0, correction=0).clamp(min=1e-6))
+    mean, sd = moments(fit)
+    path = list(regression_path((x[fit] - mean) / sd, y[fit], classes, PENALTIES, tolerance=3e-4))
+    f1 = [scores(confusion(y[validation], predict((x[validation] - mean) / sd, w), classes))["macro_f1"] for w in path]
+    best = int(np.argmax(f1))
+    mean, sd = moments(last)
+    final = next(regression_path((x[last] - mean) / sd, y[last], classes, [PENALTIES[best]], start=path[best]))
+    return final, mean, sd, PENALTIES[best]
+
+
+# ---------------------------------------------------------------- encoder and head together
+class Classifier(nn.Module):
+    """Windows (B, C, T) -> (B, K). Features are standardised by BatchNorm without weights (He et al. 2021, appendix A.1)."""
+
+    def __init__(self, model, sensors, how, classes, probe=None):
+        super().__init__()
+        self.model, self.sensors, self.how = copy.deepcopy(model), sensors, how
+        width = len(sensors) * model.embed.out_features * len(how.split("+"))
+        self.norm, self.head = nn.BatchNorm1d(width, affine=False), nn.Linear(width, classes)
+        if probe:                                                # a random head would first bend the features to itself
+            weights, mean, sd = probe                            # (Kumar et al. 2022)
+            self.norm.running_mean, self.norm.running_var = mean.clone(), sd.square()
+            self.head.weight.data, self.head.bias.data = weights[:-1].T.float().contiguous(), weights[-1].float()
+
+    def forward(self, x):
+        return self.head(self.norm(pool(encode(self.model, x, self.sensors), self.how)))
+
+
+def augment(x, patch, angle, generator):
+    """Windows (B, C, T) as they might have been: worn a little askew (both sensors alike), cut at another sample."""
+    turn = angle * torch.randn(len(x), 1, 3, generator=generator)                                # rotation vectors, rad
+    turn = torch.linalg.matrix_exp(torch.linalg.cross(turn, torch.eye(3)[None]))[:, None]        # (B, 1, 3, 3)
+    x = (turn.to(x.device) @ x.unflatten(1, (-1, 3))).flatten(1, 2)
+    return x[..., int(torch.randint(min(patch, x.shape[2] - patch + 1), (), generator=generator)):]
+
+
+def learn(net, windows_at, y, fit, validation, a):
+    """Train until the macro-F1 of `validation` hasn't risen for --patience epochs; returns the best net, its epoch. Judged
+    and kept is a running average of the weights: as good as a falling learning rate, without fixing the epochs before."""
+    generator, step, best = torch.Generator().manual_seed(a.seed), 0, (-1.0, 0, None)
+    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
+    average = copy.deepcopy(net)
+    for epoch in itertools.count(1):
+        net.train()
+        for batch in torch.randperm(len(fit), generator=generator)[:max(2, len(fit) // 64 * 64)].split(64):
+            step += 1
+            optimizer.param_groups[0]["lr"] = a.lr * min(1, step / 100)
+            logits = net(augment(windows_at(fit[batch]), net.model.patch, a.rotate, generator)).float()
+            F.cross_entropy(logits, y[fit[batch]].to(logits.device), label_smoothing=0.1).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                for old, new in zip(average.state_dict().values(), net.state_dict().values()):
+                    old.copy_(old + (new - old) * max(0.01, 1 / step))
+        answer = batched(average.eval(), windows_at, validation).argmax(1)
+        f1 = scores(confusion(y[validation], answer, net.head.out_features))["macro_f1"]
+        if f1 > best[0]:
+            best = f1, epoch, copy.deepcopy(average)
+        if epoch - best[1] >= a.patience:
+            return best[2], best[1]
+
+
+def do_fold(a, model, x, windows_at, y, groups, fold, sensors, classes):
+    """Learn from the fold's training rows, answer its test rows once. x: features (n, F), None for scratch."""
+    train, test = fold
+    fit, validation = set_aside(train, groups, a.seed)
+    probe, l2, epoch = None, None, None
+    if a.mode != "scratch":                                      # tune starts from a probe that hasn't seen the validation users
+        *probe, l2 = fit_probe(x, y, fit, validation, fit if a.mode == "tune" else train, classes)
+    if a.mode in ("probe", "random"):
+        weights, mean, sd = probe
+        answer = predict((x[test] - mean) / sd, weights)
+    else:
+        torch.manual_seed(a.seed)
+        net = Classifier(model, sensors, a.pool, classes, probe).to(next(model.parameters()).device)
+        net, epoch = learn(net, windows_at, y, fit, validation, a)
+        answer = batched(net, windows_at, test).argmax(1)
+    return {"train": train, "test": test, "answer": answer, "l2": l2, "epoch": epoch}
+
+
+# ---------------------------------------------------------------- scores
+def confusion(truth, answer, classes):
+    """Counts (K, K): rows are the truth, columns the answer."""
+    pairs = torch.as_tensor(truth) * classes + torch.as_tensor(answer)
+    return torch.bincount(pairs, minlength=classes ** 2).view(classes, classes)
+
+
+def scores(counts):
+    """Accuracy, the F1 of each class (None if it is neither there nor answered), and their mean: as scikit-learn has them."""
+    counts = counts.double()
+    there = counts.sum(0) + counts.sum(1)
+    f1 = 2 * counts.diag() / there
+    return {"accuracy": (counts.trace() / counts.sum()).item(), "macro_f1": f1[there > 0].mean().item(),
+            "per_class_f1": [value if n else None for value, n in zip(f1.tolist(), there.tolist())]}
+
+
+def summarise(meta, users, labels, done):
+    """The content of the file: means over folds and their deviation; per class, over all tested windows together."""
+    names = lambda rows: [meta["users"][u] for u in np.unique(users[rows])]
+    tables = [confusion(labels[fold["test"]], fold["answer"], len(meta["classes"])) for fold in done]
+    folds = [{**scores(table), "l2": fold["l2"], "epoch": fold["epoch"], "train_users": names(fold["train"]),
+              "test_users": names(fold["test"]), "n_train": len(fold["train"]), "n_test": len(fold["test"])}
+             for table, fold in zip(tables, done)]
+    column = lambda key: [fold[key] for fold in folds]
+    return {
+        **{key: float(np.mean(column(key))) for key in ("accuracy", "macro_f1")},
+        **{f"{key}_sd": float(np.std(column(key), ddof=1)) if len(folds) > 1 else 0.0 for key in ("accuracy", "macro_f1")},
+        "per_class_f1": scores(sum(tables))["per_class_f1"], "confusion": sum(tables).tolist(), "classes": meta["classes"],
+        "test_users": names(np.concatenate([fold["test"] for fold in done])), "n_train": round(np.mean(column("n_train"))),
+        "n_test": sum(column("n_test")), "l2": column("l2"), "folds": folds}
+
+
+# ---------------------------------------------------------------- figures
+def figure(size):
+    import matplotlib                                            # here: it takes half a second to import
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot.subplots(figsize=size, layout="constrained")
+
+
+def save(fig, path):
+    with replacing(path) as temporary:
+        fig.savefig(temporary, dpi=150)
+
+
+def draw_confusion(path, result, title):
+    counts, K = np.array(result["confusion"]), len(result["classes"])
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    fig, axes = figure((3.4 + 0.42 * K, 2.4 + 0.42 * K))
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for i, j in zip(*np.nonzero(share >= 0.005)):
+        axes.text(j, i, f"{100 * share[i, j]:.0f}", ha="center", va="center", fontsize=8, color="white" if share[i, j] > 0.5 else "black")
+    names = [name.lower().replace("_", " ") for name in result["classes"]]
+    f1 = ["-" if value is None else f"{value:.2f}" for value in result["per_class_f1"]]
+    axes.set_xticks(range(K), names, rotation=90)
+    axes.set_yticks(range(K), [f"{name}   F1 {value}" for name, value in zip(names, f1)])
+    axes.set(xlabel="answer", ylabel="truth (numbers: % of its windows)")
+    axes.set_title(title, fontsize=10, loc="right")
+    save(fig, path)
+
+
+def draw_label_curve(path, results):
+    """Macro-F1 against labelled users, a line a mode."""
+    fig, axes = figure((6, 4))
+    people = lambda r: float(np.mean([len(fold["train_users"]) for fold in r["folds"]]))
+    for mode, colour, marker in zip(MODES, ["#0072B2", "#009E73", "#D55E00", "#777777"], "osD^"):
+        points = sorted((people(r), r["macro_f1"], r["macro_f1_sd"]) for r in results if r["made_from"]["flags"]["mode"] == mode)
+        if points:
+            x, y, sd = zip(*points)
+            axes.errorbar(x, y, sd, color=colour, marker=marker, capsize=3, label=mode)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="labelled users", ylabel="macro-F1 on other users (bars: deviation over folds)", title=results[0]["data"])
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save(fig, path)
+
+
+# ---------------------------------------------------------------- the command
+def parse_flags():
+    p = argparse.ArgumentParser(description="Test a pre-trained encoder on activities of people it has never seen.",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("run", help="folder of a run of pretrain.py; the weights of its best step are used")
+    g = p.add_argument_group("what is learned")
+    g.add_argument("--data", required=True, help="prepared set with labels: ucihar, wisdm_phone, wisdm_watch, simulated, ...")
+    g.add_argument("--mode", choices=MODES, default="probe", help="probe: encoder frozen; tune: trained further; scratch: trained "
+                   "from random weights; random: probe of an untrained encoder")
+    g.add_argument("--sensors", choices=["both", "acc", "gyro"], default="both", help="one sensor alone: the other stays unseen")
+    g.add_argument("--pool", choices=["mean", "mean+std"], default="mean", help="mean+std: twice the features, a few points more")
+    g = p.add_argument_group("who is tested")
+    g.add_argument("--label-users", metavar="K", help="train on K labelled users; 1,2,4: on so many, one after the other. Draws the "
+                   "curve of all such results; default: all training users")
+    g.add_argument("--split", choices=["user", "window"], default="user", help="window: windows drawn at random, so that test users "
+                   "are in training. No result: it shows what that leak is worth, beside the honest score")
+    g.add_argument("--seed", type=int, default=0, help="draws folds, users set aside, labelled users, untrained weights")
+    g = p.add_argument_group("tune and scratch")
+    g.add_argument("--lr", type=float, help="learning rate; default: 0.0003 for tune, 0.001 for scratch")
+    g.add_argument("--patience", type=int, default=8, help="stop when so many epochs brought the validation users nothing")
+    g.add_argument("--rotate", type=float, default=0.2, help="turn each training window's sensor frame by about so many rad")
+    g = p.add_argument_group("machine")
+    g.add_argument("--device", default="auto", help="cpu, cuda, mps; auto takes the fastest there is")
+    g.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="bf16: the encoder's matrix products in half "
+                   "precision, twice as fast; auto takes it where the processor can")
+    g.add_argument("--threads", type=int, default=0, help="CPU threads; 0: OMP_NUM_THREADS, or all cores")
+    a = p.parse_args()
+    if a.lr is None:
+        a.lr = {"tune": 3e-4, "scratch": 1e-3}.get(a.mode, 0)
+    return a
+
+
+def check_flags(a):
+    """The numbers of labelled users that are asked for, [None] for all. Raises Refused."""
+    for name, low, high in (("patience", 1, 1000), ("rotate", 0, 3.2), ("seed", 0, 2 ** 31), ("threads", 0, 1024), ("lr", 0, 1)):
+        if not low <= getattr(a, name) <= high:
+            raise Refused(f"--{name} {getattr(a, name)}: choose one from {low} to {high}")
+    if a.label_users is None:
+        return [None]
+    if a.split == "window":
+        raise Refused("--label-users can't go with --split window: windows drawn at random are of all users")
+    if not all(part.isdecimal() and int(part) for part in a.label_users.split(",")):
+        raise Refused(f"--label-users {a.label_users}: give a number of users, or several with commas, such as 1,2,4,8")
+    return sorted({int(part) for part in a.label_users.split(",")})
+
+
+def read_result(path):
+    """The result at `path`; {} where there is none, or none that can be read."""
+    try:
+        result = json.loads(path.read_text())
+        return result if "made_from" in result else {}
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def is_done(path, made_from):
+    """Whether `path` holds a result of the same input. If it holds another one, says that this will be replaced."""
+    old = read_result(path).get("made_from", {})
+    if old == made_from:
+        print(f"{path} is there already, made from the same weights, data and flags")
+    elif path.exists():
+        differ = ", ".join(key for key in made_from if old.get(key) != made_from[key])
+        print(f"{path} is replaced: " + (f"it was made from other {differ}" if old else "it is damaged"), file=sys.stderr)
+    return old == made_from
+
+
+def announce(result):
+    flags, folds = result["made_from"]["flags"], len(result["folds"])
+    score = lambda key: f"{result[key]:.4f}" + (f" +- {result[key + '_sd']:.4f}" if folds > 1 else "")
+    print(f"{result['data']}, {flags['mode']}, split by {flags['split']}"
+          + (f", {flags['label_users']} labelled users" if flags["label_users"] else "")
+          + f": accuracy {score('accuracy')}, macro-F1 {score('macro_f1')} ({len(result['test_users'])} users tested, {folds} folds)", flush=True)
+
+
+def main():
+    a = parse_flags()
+    counts = check_flags(a)
+    if a.threads:
+        torch.set_num_threads(a.threads)
+    keep_memory()
+    trained, config = load_run(a.run)
+    prepared = load(a.data)
+    meta, rows = prepared.meta, labelled(prepared)
+    users, y = prepared.users[rows], torch.from_numpy(prepared.labels[rows].astype(np.int64))
+    folds = user_folds(meta, users, y.numpy(), config["data"], a.seed)
+    sensors, channels = sensor_numbers(a.sensors, config["training"]["sensors"]), select_sensors(meta["channels"], a.sensors)
+    if any(a.data in people and people - {a.data} & set(config["data"]["name"].split("+")) for people in SAME_PEOPLE):
+        print(f"warning: {config['data']['name']} was recorded with the people of {a.data}: the encoder has seen some of those "
+              "tested here, without labels", file=sys.stderr)
+
+    weights = trained.state_dict() if a.mode in ("probe", "tune") else None
+    torch.manual_seed(a.seed)
+    device = choose_device(a.device)
+    half = torch.autocast(device.type, torch.bfloat16, enabled=choose_precision(a.precision, device) == "bf16")
+    model = build(weights, config, prepared.windows.shape[2]).to(device)
+    names = [meta["channels"][c] for c in channels]
+    windows_at = lambda some: standardise(torch.from_numpy(prepared.windows[rows[some]][:, channels]).to(device), names)
+    made_from = {"weights": digest(dict(weights)) if weights else "random", "model": config["model"], "data": meta["fingerprint"]}
+    flags = {key: getattr(a, key) for key in ["mode", "sensors", "pool", "seed"] + ["lr", "patience", "rotate"] * bool(a.lr)}
+    stem = f"{a.data}-{a.mode}" + f"-{a.sensors}" * (a.sensors != "both")
+    tail = f"-{a.pool}" * (a.pool != "mean") + f"-s{a.seed}" * (a.seed != 0)
+
+    x, folder = None, Path(a.run) / "finetune"
+    for count, split in [(count, "user") for count in counts] + [(None, "window")] * (a.split == "window"):
+        path = folder / (stem + f"-u{count}" * bool(count) + "-window" * (split == "window") + tail + ".json")
+        made = {**made_from, "flags": {**flags, "label_users": count, "split": split}}
+        if not is_done(path, made):
+            started, done, groups = time.time(), [], users if split == "user" else np.arange(len(y))
+            these = few_users(folds, users, count, a.seed) if count else folds if split == "user" else window_folds(folds, a.seed)
+            for fold in these:
+                with half:
+                    if x is None and a.mode != "scratch":
+                        x = batched(lambda w: pool(encode(model, w, sensors), a.pool), windows_at, np.arange(len(y)))
+                    done.append(do_fold(a, model, x, windows_at, y, groups, fold, sensors, len(meta["classes"])))
+                if a.lr:
+                    print(f"fold {len(done)} of {len(these)}: best at epoch {done[-1]['epoch']}, {time.time() - started:.0f} s", flush=True)
+            result = {**summarise(meta, users, y, done), "data": a.data, "made_from": made, "provenance": provenance(),
+                      "seconds": time.time() - started}
+            write_json(path, result)
+            draw_confusion(path.with_suffix(".png"), result, f"{path.stem}: macro-F1 {result['macro_f1']:.3f}")
+        announce(read_result(path))
+    if a.split == "window":
+        print("warning: the second score is what a leak looks like, not a result: windows of each tested person were trained on", file=sys.stderr)
+    if a.label_users:
+        same = {"split": "user", **{key: flags[key] for key in ("sensors", "pool", "seed")}}
+        results = [r for r in map(read_result, sorted(folder.glob(f"{a.data}-*.json"))) if r and r["data"] == a.data
+                   and same.items() <= r["made_from"]["flags"].items() and r["made_from"]["model"] == config["model"]]
+        draw_label_curve(folder / f"{a.data}{stem.removeprefix(a.data + '-' + a.mode)}{tail}-label-users.png", results)
+
+
+if __name__ == "__main__":
+    command(main)
