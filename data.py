@@ -32,8 +32,9 @@ CHANNELS = ["acc_x", "acc_y", "acc_z", "gyro_x", "gyro_y", "gyro_z"]
 GRAVITY = 9.80665                                                # m/s^2 in 1 g
 GAP = 0.5                                                        # s without a sample: the recording is cut there
 CUTOFF = 9.0                                                     # Hz, half amplitude of the low-pass before 20 Hz
-TOO_SHORT = "recordings shorter than a window, once cut at gaps"
+TOO_SHORT, ONE_SENSOR = "recordings shorter than a window, once cut at gaps", "recordings of one sensor only"
 MEMBER_LIMIT, NESTED_LIMIT = 64 << 20, 1 << 30                   # bytes one text, all inner archives may inflate to
+BROKEN = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError, ValueError)  # of zips
 
 
 # ---------------------------------------------------------------- what can be prepared
@@ -219,7 +220,8 @@ def cut(recordings, length):
         for piece in some:
             n = len(piece) // length
             windows.append(piece[:n * length].reshape(n, length, -1).transpose(0, 2, 1).astype(np.float16))
-            users, labels = users + [user] * n, labels + [label or ""] * n
+            users += [user] * n
+            labels += [label or ""] * n
         if not some:
             left_out[streams if isinstance(streams, str) else TOO_SHORT] += 1
     windows = np.concatenate(windows) if windows else np.empty((0, 0, length), np.float16)
@@ -313,7 +315,7 @@ def open_zips(path):
         inner = [info for info in zips[0].infolist() if info.filename.endswith(".zip")]
         check(sum(info.file_size for info in inner) > NESTED_LIMIT, "the archives in it would fill the memory")
         zips += [zipfile.ZipFile(io.BytesIO(read(zips, info.filename, NESTED_LIMIT))) for info in inner]
-    except (zipfile.BadZipFile, EOFError) as error:
+    except BROKEN as error:
         check(True, error)
     infos = [info for z in zips for info in z.infolist()]
     for name in (info.filename for info in infos):
@@ -333,7 +335,7 @@ def read(zips, name, limit=MEMBER_LIMIT):
         if z.getinfo(name).file_size > limit:                    # zipfile never yields more than is declared here
             raise ValueError(f"it would inflate to {z.getinfo(name).file_size >> 20} MiB")
         return z.read(name)
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError) as error:
+    except BROKEN as error:
         raise Refused(f"{name} in {zips[0].filename} can't be read ({error}); remove the archive, and it is fetched "
                       "again") from None
 
@@ -396,8 +398,8 @@ def extrasensory(user, names, read, flags):
         texts, streams = [read(sensors[sensor]) for sensor in sorted(sensors)], []           # acceleration first
         with contextlib.suppress(Refused):                       # a failed recording is counted
             streams = [(table[:, 0], table[:, 1:]) for table in (numbers(text, 4, "") for text in texts)]
-        if len(sensors) < 2 or not streams:
-            yield user, None, "recordings of one sensor only" if len(sensors) < 2 else "recordings that failed"
+        if len(sensors) < 2 or not streams or not all(len(t) for t, _ in streams):
+            yield user, None, ONE_SENSOR if len(sensors) < 2 else "recordings that failed"
             continue
         (t, acc), gyro = streams
         norms = np.linalg.norm(acc[np.isfinite(acc).all(1)], axis=1)
@@ -428,10 +430,11 @@ def motionsense(user, names, read):
 
 
 def uschad(user, names, read):
-    """MATLAB files: `sensor_readings` (n, 6), g and deg/s."""
+    """MATLAB files with one array (n, 6), g and deg/s."""
     from scipy.io import loadmat
     for name in names:
-        x = loadmat(io.BytesIO(read(name)))["sensor_readings"] * ([1.0] * 3 + [np.pi / 180] * 3)
+        (x,) = (value for value in loadmat(io.BytesIO(read(name))).values() if np.shape(value)[1:] == (6,))
+        x = x * ([1.0] * 3 + [np.pi / 180] * 3)
         yield user, name.split("/")[-1].split("t")[0], [(np.arange(len(x)) / 100, x)]
 
 
@@ -445,16 +448,18 @@ def dsads(user, names, read):
 def sisfall(user, names, read):
     """Nine integers a line: ADXL345 acceleration (13 bits, 32 g), ITG3200 rotation (16 bits, 4000 deg/s), and more."""
     for name in names:
-        x = numbers(read(name).replace(b";", b" "), 9, name)[:, :6]
-        x = x * ([32 / 2**13] * 3 + [np.deg2rad(4000 / 2**16)] * 3)
+        lines = [line for line in read(name).replace(b";", b"").splitlines() if line.count(b",") == 8]    # some are cut
+        x = numbers(b"\n".join(lines), 9, name)[:, :6] * ([32 / 2**13] * 3 + [np.deg2rad(4000 / 2**16)] * 3)
         yield user, name.split("/")[-1].split("_")[0], [(np.arange(len(x)) / 200, x)]
 
 
 def wedafall(user, names, read):
     """A file a sensor: `time_s,x,y,z`, m/s^2 and rad/s, stamps in bursts."""
     for name in (name for name in names if name.endswith("_accel.csv")):
-        tables = [numbers(read(n).partition(b"\n")[2], 4, n) for n in (name, name.replace("_accel.", "_gyro."))]
-        yield user, name.split("/")[-2], [(a[:, 0], a[:, 1:] / unit) for a, unit in zip(tables, (GRAVITY, 1))]
+        pair = [n for n in (name, name.replace("_accel.", "_gyro.")) if n in names]
+        tables = [numbers(read(n).partition(b"\n")[2], 4, n) for n in pair]
+        streams = [(table[:, 0], table[:, 1:] / unit) for table, unit in zip(tables, (GRAVITY, 1))]
+        yield user, name.split("/")[-2], streams if len(pair) == 2 else ONE_SENSOR
 
 
 def hapt(user, names, read):
@@ -479,15 +484,15 @@ def folder(user, names, read, flags):
                       f"recording is cut where more than {GAP} s are missing)")
     x = np.hstack([x[:, :3] / (GRAVITY if flags["acc_unit"] == "m/s2" else 1),
                    x[:, 3:] * (np.pi / 180 if flags["gyro_unit"] == "deg/s" else 1)])
-    g, fast = [np.median(np.linalg.norm(x[:, :3], axis=1)), np.quantile(np.abs(x), 0.95)] if len(x) else [1, 0]
+    g = np.median(np.linalg.norm(x[:, :3], axis=1)) if len(x) else 1
     far = f"{path}: the median acceleration is {g:.2g} g, where 1 g of gravity is expected"
-    if 4 < g < 30 and flags["acc_unit"] == "g" or g < 0.25 and flags["acc_unit"] == "m/s2":
-        raise Refused(f"{far}; say --acc-unit {'m/s2' if flags['acc_unit'] == 'g' else 'g'}")
+    if g > 4 or g < 0.25 and flags["acc_unit"] == "m/s2":
+        raise Refused(f"{far}; say --acc-unit {'m/s2' if flags['acc_unit'] == 'g' else 'g'}, or convert it")
     if not 0.5 < g < 2:
         print(f"{far}: is gravity in it, and is --acc-unit {flags['acc_unit']} right?", file=sys.stderr)
-    if fast > 35:
+    if x[:, 3:].size and np.quantile(np.abs(x[:, 3:]), 0.95) > 35:
         raise Refused(f"{path}: angular velocity is often above 35 rad/s (2000 deg/s); say --gyro-unit deg/s")
-    label, longest = np.where(label == "-1", "", label), 0
+    label, longest = np.where(np.isin(label, ("-1", "-1.0", "nan")), "", label), 0
     change = (segment[1:] != segment[:-1]) | (label[1:] != label[:-1])
     for rows in np.split(np.arange(len(t)), np.flatnonzero(change) + 1):
         longest = max([longest, *(run[-1] - run[0] + 1 / RATE for run, _ in unbroken(t[rows], x[rows]))])
@@ -503,7 +508,7 @@ def npz_rows(path):
     try:
         with np.load(path) as file:
             content = {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+    except (*BROKEN, AttributeError, TypeError) as error:
         raise Refused(f"{path} is not a whole .npz of plain arrays ({error}); make it with np.savez") from None
     if not {"signal", "rate"} <= set(content):
         raise Refused(f"{path} needs the arrays 'signal' and 'rate'; it has {sorted(content)}")
@@ -552,7 +557,6 @@ ACTIVITIES = {  # lean, roll (rad), strides (x personal), push (g), turn (rad), 
 HARMONICS = np.array([                                           # weights of 1 to 6 x the stride, on average
     [0.5, 1.0, 0.2, 0.5, 0.1, 0.2], [0.8, 0.1, 0.3, 0.1, 0.1, 0.0], [0.2, 1.0, 0.3, 0.4, 0.1, 0.1],      # push x y z
     [0.8, 0.2, 0.2, 0.1, 0.0, 0.0], [0.4, 0.7, 0.2, 0.1, 0.1, 0.0], [1.0, 0.1, 0.2, 0.1, 0.0, 0.0]])     # turn x y z
-
 PHASES = np.arange(36).reshape(6, 6) ** 2 % 6.3                  # of each, rad: any will do
 
 
@@ -595,7 +599,8 @@ def simulated(user, names, read, flags, rate=40.0):
         today = np.exp(rng.normal(0, [0.04, 0.12]))              # no two bouts are quite alike, in tempo and vigour
         jitter = 0.01 * np.cumsum(rng.standard_normal(n)) / np.sqrt(rate)
         phase = 2 * np.pi * (who["strides"] * strides * who["tempo"][now] * today[0] * t + jitter)
-        waves = (np.exp(1j * np.multiply.outer(phase, np.arange(1, 7))) @ who["style"].T).real             # (n, 6)
+        turns = np.exp(1j * np.multiply.outer(phase, np.arange(1, 7)))                        # (n, 6 harmonics)
+        waves = np.einsum("nh,ch->nc", turns, who["style"]).real                              # (n, 6 channels)
         waves *= np.repeat([push, turn], 3) * who["vigour"][now] * today[1]
         angles = waves[:, 3:] + fidget * np.sin(np.outer(t, rng.uniform(0.5, 4, 3)) + rng.uniform(0, 6, 3))
         angles += rng.normal(0, 0.06, 3) + [roll + who["posture"][now, 1], lean + who["posture"][now, 0], 0]
@@ -625,7 +630,7 @@ def parts_of(what, raw, flags):
         source = next(SOURCES[each] for each in (POOL if what == "pool" else (what,)) if url in SOURCES[each].archives)
         members = [name for z in open_zips(path) for name in z.namelist() if not name.startswith("__MACOSX")]
         found = [(match[1], name) for name in members if (match := re.search(source.members, name))]
-        for part, name in found:
+        for part, name in dict.fromkeys(found):                  # an archive may name a member twice
             parts.setdefault(source.user.format(part), (source.parse, []))[1].append(name)
         if not found:
             raise Refused(f"{path} has no file like the published archive's; remove it, and it is fetched again")
@@ -640,7 +645,7 @@ def do_part(job):
     try:
         windows, users, labels, left_out = cut(globals()[parser](part, names, member, *[flags] * bool(flags)), length)
     except (ValueError, KeyError, IndexError, TypeError, NotImplementedError) as error:
-        raise Refused(f"{parser}: '{part}' is not laid out as published ({error!r}); fetch the archive again") from error
+        raise Refused(f"'{part}' is not laid out as {parser} was published ({error!r}); fetch it again") from error
     with replacing(out) as temporary:
         np.savez(temporary, windows=windows, users=users, labels=labels, channels=windows.shape[1],
                  left_out=json.dumps(left_out))
@@ -685,9 +690,10 @@ def gather(what, name, files, limit, out):
     source, user, label, sizes, channels, left_out = SOURCES[what], [], [], [], set(), Counter()
     for file in files.values():
         with np.load(file) as part:
-            user, label = user + part["users"].tolist(), label + part["labels"].tolist()
+            user += part["users"].tolist()
+            label += part["labels"].tolist()
             sizes.append(len(part["users"]))
-            channels |= {int(part["channels"])} if sizes[-1] else set()
+            channels |= {int(part["channels"])} - {0}
             left_out.update(json.loads(part["left_out"].item()))
     found = sorted(set(label) - {""}) if what != "pool" else []
     if not user:
@@ -729,9 +735,12 @@ def workplace(target, settings):
     used. It goes when the set is complete or refused, and stays when the program is stopped or killed."""
     work = target.with_name(f".{target.name}.partial")
     work.mkdir(parents=True, exist_ok=True)
-    if (work / "old").exists() and not target.exists():          # killed between the two renames that replace a set
-        os.rename(work / "old", target)
+
+    def put_back():                                              # stopped between the two renames that replace a set
+        if (work / "old").exists() and not target.exists():
+            os.rename(work / "old", target)
     try:
+        put_back()
         if not (work / "settings.json").exists() or json.loads((work / "settings.json").read_text()) != settings:
             for leftover in work.glob("part-*"):
                 leftover.unlink()
@@ -739,6 +748,7 @@ def workplace(target, settings):
         shutil.rmtree(work / "set", ignore_errors=True)
         yield work
     except Exception:
+        put_back()
         shutil.rmtree(work)
         raise
     shutil.rmtree(work)
@@ -750,11 +760,17 @@ def prepare(what, name, raw, flags, limit=None, force=False, root="data"):
     if what == "folder":
         settings["recordings"] = {part: zlib.crc32(Path(names[0]).read_bytes()) for part, (_, names)
                                   in parts_of(what, raw, flags).items()}
+    if not force and prepared_already(target, settings):
+        return report(target, "is prepared already, with the same settings (--force makes it anew)")
     Path(root).mkdir(parents=True, exist_ok=True)
     with open(Path(root) / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)                         # one at a time: each takes all cores
-        if not force and prepared_already(target, settings):
-            return report(target, "is prepared already, with the same settings (--force makes it anew)")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)     # one at a time: each takes all cores
+        except BlockingIOError:
+            print("waiting for another process that prepares a data set here", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not force and prepared_already(target, settings):
+                return report(target, "was prepared by that process")
         archives = archives_of(what, raw, flags)
         fetch_missing(archives)
         parts = parts_of(what, raw, flags)
@@ -877,8 +893,8 @@ def training_users(meta, seed):
     queues = [rng.permutation([u for u, s in enumerate(meta["sources"]) if s == source and u not in held]).tolist()
               for source in sorted(set(meta["sources"]))]
     if not any(queues):
-        raise Refused(f"all {len(meta['users'])} users of '{meta['name']}' are held out, 20 % of each source's and 2 at "
-                      "least; prepare more users (in a folder, what stands before a file name's first _ is the source)")
+        raise Refused(f"all {len(meta['users'])} users of '{meta['name']}' are held out, 20 % of each source's and 2 "
+                      "at least; prepare more users (in a folder, what stands before a file name's first _ is the source)")
     queues = [queues[i] for i in rng.permutation(len(queues))]
     return [q[i] for i in range(max(map(len, queues))) for q in queues if i < len(q)]
 
@@ -974,8 +990,8 @@ def main():
     flag("--acc-unit", choices=("g", "m/s2"), default="g", help="of your acceleration (default: %(default)s)")
     flag("--gyro-unit", choices=("rad/s", "deg/s"), default="rad/s", help="of its rotation (default: %(default)s)")
     flag = parser.add_argument_group("extrasensory").add_argument
-    flag("--labels", action="store_true", help="read the labels, too, from a third archive, so that probes can be run on "
-         "it (default: without, as for pre-training)")
+    flag("--labels", action="store_true", help="read the labels, too, from a third archive, so that probes can be run "
+         "on it (default: without, as for pre-training)")
     args = parser.parse_args()
     name, limit = args.name or args.what, args.limit_users
     if args.what is None:

@@ -12,9 +12,9 @@ Downstream: what a pre-trained encoder knows about activities, asked of people i
     scratch   the same from random weights: what the labels alone can do
     random    the probe of an untrained encoder: what the architecture alone can do
 
-Always split by user. In each fold a fifth of the training users are set aside: they choose the penalty (probe, random), or
-the epoch to keep (tune, scratch). The probe is then fitted on all training users, with those; a network isn't trained again.
-The test users are looked at once, when all that is decided.
+Always split by user. In each fold a fifth of the training users are set aside: they choose the penalty (probe, random)
+or the epoch to keep (tune, scratch). The probe is then fitted on all training users, with those; a network isn't trained
+again. The test users are looked at once, when all that is decided.
 
     python finetune.py runs/first --data simulated
     python finetune.py runs/first --data ucihar --mode tune
@@ -24,6 +24,8 @@ The test users are looked at once, when all that is decided.
 import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")              # before torch: idle threads sleep
 import argparse, copy, itertools, json, sys, time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +37,9 @@ from data import Refused, command, held_out_users, load, provenance, replacing, 
 from model import MAE, patchify
 from pretrain import choose_device, choose_precision, digest, keep_memory, load_run, select_sensors, standardise
 
-MODES = ["probe", "tune", "scratch", "random"]
-PENALTIES = [3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5]                 # L2, strongest first
-SAME_PEOPLE = [{"ucihar", "hapt"}, {"wisdm_watch", "wisdm_phone"}]           # recorded with the same volunteers
+PENALTIES = [3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5]     # L2, strongest first
+SAME_PEOPLE = [{"ucihar", "hapt"}, {"wisdm_watch", "wisdm_phone"}]
+LOOKS = {"probe": ("#0072B2", "o"), "tune": ("#009E73", "s"), "scratch": ("#D55E00", "D"), "random": ("#777777", "^")}
 
 
 # ---------------------------------------------------------------- who trains, who is tested
@@ -47,14 +49,14 @@ def labelled(prepared):
     if not (labels >= 0).any():
         raise Refused(f"the data set '{name}' has no labels: it serves for pre-training only")
     if labels.max() >= known or labels.min() < -1:
-        raise Refused(f"the data set '{name}' has labels from {labels.min()} to {labels.max()}, but {known} names of classes: "
-                      "prepare it again")
+        raise Refused(f"the data set '{name}' has labels from {labels.min()} to {labels.max()}, but {known} names of "
+                      "classes: prepare it again")
     return np.flatnonzero(labels >= 0)
 
 
 def user_folds(meta, users, labels, pretrained_on, seed):
-    """Which windows train and which test: [(train, test), ...], indices into users (n,), labels (n,). No user is on both
-    sides of a fold or tested in two.
+    """Which windows train and which test: [(train, test), ...], indices into users (n,), labels (n,). No user is on
+    both sides of a fold or tested in two.
 
     Official test users where the set has some; those held out of pre-training if the encoder has seen the others
     (`pretrained_on`: "data" of its config); else 5 folds over users. Raises Refused where one can't be had.
@@ -70,24 +72,25 @@ def user_folds(meta, users, labels, pretrained_on, seed):
     folds = [(np.flatnonzero(~np.isin(users, test)), np.flatnonzero(np.isin(users, test))) for test in tests]
     for train, test in folds:
         if not len(train) or not len(test):
-            raise Refused(f"the labels of '{meta['name']}' are of {len(np.unique(users))} users, too few to train on some and "
-                          "test on others: prepare more")
+            raise Refused(f"the labels of '{meta['name']}' are of {len(np.unique(users))} users, too few to train on some "
+                          "and test on others: prepare more")
         missing = np.setdiff1d(labels[test], labels[train])
         if len(missing):
-            raise Refused(f"'{meta['classes'][missing[0]]}' can't be learned in one of the folds of '{meta['name']}': only users "
-                          "who are tested there have it; prepare more users")
+            raise Refused(f"'{meta['classes'][missing[0]]}' can't be learned in one of the folds of '{meta['name']}': only "
+                          "users who are tested there have it; prepare more users")
     return folds
 
 
 def window_folds(folds, seed):
     """As many folds of the same sizes, but of windows drawn at random: each test user is in training, too."""
     order = np.random.default_rng([seed, 33]).permutation(np.concatenate(folds[0]))
-    ends = np.cumsum([len(test) for _, test in folds])
-    return [(np.delete(order, np.s_[end - len(test):end]), order[end - len(test):end]) for end, (_, test) in zip(ends, folds)]
+    ends = np.cumsum([0] + [len(test) for _, test in folds])
+    parts = [slice(*ends[k:k + 2]) for k in range(len(folds))]
+    return [(np.delete(order, part), order[part]) for part in parts]
 
 
 def few_users(folds, users, count, seed):
-    """The folds with `count` training users each, drawn so that the first 2 are among the first 4; 5 draws of a single fold."""
+    """The folds with `count` training users each, the first 2 of whom are among the first 4; 5 draws of a single fold."""
     few = []
     for k, (train, test) in enumerate(folds * (5 if len(folds) == 1 else 1)):
         order = np.random.default_rng([seed, 32, k]).permutation(np.unique(users[train]))
@@ -98,9 +101,11 @@ def few_users(folds, users, count, seed):
 
 
 def set_aside(train, groups, seed):
-    """Training rows -> (fit, validation): a fifth of the groups (n,), one at least; of a single user every fifth window."""
+    """Training rows -> (fit, validation): a fifth of the groups (n,), one at least; of one user every fifth window."""
     mine = np.random.default_rng([seed, 31]).permutation(np.unique(groups[train]))
-    held = np.isin(groups[train], mine[:max(1, len(mine) // 5)]) if len(mine) > 1 else np.arange(len(train)) % 5 == 4
+    held = np.isin(groups[train], mine[:max(1, len(mine) // 5)])
+    if len(mine) == 1:
+        held = np.arange(len(train)) % 5 == 0
     return train[~held], train[held]
 
 
@@ -112,49 +117,55 @@ def sensor_numbers(sensors, pretrained):
     return [0] if pretrained != "both" else {"both": [0, 1], "acc": [0], "gyro": [1]}[sensors]
 
 
-def build(weights, config, samples):
-    """The encoder for windows of `samples`, longer ones than it was trained on, too; `weights` None: untrained."""
-    steps = samples // config["model"]["patch"]
-    if steps < 1 or config["model"]["positions"] == "learned" and steps > config["model"]["steps"]:
-        raise Refused(f"this run knows windows of 1 to {config['model']['steps']} patches of {config['model']['patch']} samples, "
-                      f"these have {samples} samples: use a run with rotary positions and shorter patches")
-    model = MAE(**{**config["model"], "steps": max(steps, config["model"]["steps"])})
-    if weights:
+def build(config, weights, mode, samples):
+    """The encoder that `mode` starts from, for windows of `samples`: they may be longer than those it was trained on.
+    Raises Refused for windows it can't read."""
+    shape = config["model"]
+    steps = samples // shape["patch"]
+    if steps < 1 or shape["positions"] == "learned" and steps > shape["steps"]:
+        raise Refused(f"this run reads windows of 1 to {shape['steps']} patches of {shape['patch']} samples, and these "
+                      f"have {samples} samples: take a run with shorter patches and rotary positions")
+    model = MAE(**{**shape, "steps": max(steps, shape["steps"])})
+    if mode in ("probe", "tune"):
         model.load_state_dict(weights)
+    if mode == "random":                                         # blocks that start as the identity (see model.py) mix
+        for block in model.blocks:                               # nothing; drawn ones are the stronger baseline
+            block.attention.out.reset_parameters(), block.down.reset_parameters()
     return model.eval()
 
 
-def encode(model, x, sensors):
-    """Windows x (B, C, T) of the sensors with these numbers -> latents (B, S, G, D): every patch visible, none masked."""
+def encode(model, x, sensors, half=False):
+    """Windows x (B, C, T) of the sensors with these numbers -> latents (B, S, G, D): every patch visible, none masked.
+    `half`: matrix products in bf16, of the encoder only."""
     tokens = patchify(x, model.patch)                                                            # (B, S, G, 3P)
     B, S, G, _ = tokens.shape
     index = (torch.tensor(sensors, device=x.device)[:, None] * G + torch.arange(G, device=x.device)).flatten()
-    return model.encode(tokens.flatten(1, 2), index.expand(B, -1), G).view(B, S, G, -1).float()
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
+        return model.encode(tokens.flatten(1, 2), index.expand(B, -1), G).view(B, S, G, -1).float()
 
 
 def pool(latents, how):
-    """(B, S, G, D) -> (B, F): each sensor's average over time; with "mean+std" also how far its latents stray from it."""
+    """(B, S, G, D) -> (B, F): each sensor's average over time; "mean+std": and how far its latents stray from it."""
     mean = latents.mean(2)
-    if how == "mean":
-        return mean.flatten(1)
-    return torch.cat([mean, ((latents - mean[:, :, None]).square().mean(2) + 1e-5).sqrt()], dim=1).flatten(1)
+    spread = [] if how == "mean" else [((latents - mean[:, :, None]).square().mean(2) + 1e-5).sqrt()]
+    return torch.cat([mean, *spread], dim=1).flatten(1)
 
 
 @torch.no_grad()
-def batched(net, windows_at, rows, size=64):
-    """The net's answers to the windows `rows`, float32 on the CPU."""
-    return torch.cat([net(windows_at(some)).float().cpu() for some in np.array_split(rows, -(-len(rows) // size))])
+def batched(net, windows_at, rows):
+    """The net's answers to the windows `rows`, on the CPU."""
+    return torch.cat([net(windows_at(some)).cpu() for some in np.array_split(rows, -(-len(rows) // 64))])
 
 
 # ---------------------------------------------------------------- logistic regression
 def regression_path(x, y, classes, penalties, tolerance=1e-5, start=None):
-    """Multinomial logistic regression of y (n,) on x (n, F), penalty after penalty; yields weights (F + 1, K), bias last.
+    """Multinomial logistic regression of y (n,) on x (n, F), penalty after penalty: yields weights (F + 1, K), bias last.
 
         minimise over W, b   mean of -log softmax(x W + b)[y]  +  l2 / 2 |W|^2
 
-    by L-BFGS with the exact gradient, until no entry of that exceeds `tolerance`; each solution starts the next (`start` the
-    first). Features are correlated, so the search goes along their principal axes, in units of the loss's curvature there,
-    about .3 variance + l2: the same minimum in half the steps.
+    by L-BFGS with the exact gradient, until no entry of that exceeds `tolerance`; each solution starts the next (`start`
+    the first). Features are correlated, so the search goes along their principal axes, in units of the loss's curvature
+    there, about .3 variance + l2: the same minimum in half the steps.
     """
     from scipy.optimize import minimize                          # here: what is done already needs no scipy
     rows = torch.arange(len(x))
@@ -168,9 +179,9 @@ def regression_path(x, y, classes, penalties, tolerance=1e-5, start=None):
             w = torch.from_numpy(flat).to(x.dtype).view(-1, classes)
             log_p = F.log_softmax(torch.addmm(w[-1], z, w[:-1]), dim=1)                          # (n, K)
             loss = 0.5 * (shrink * w[:-1].square()).sum() - log_p[rows, y].mean()
-            error = log_p.exp() / len(x)                                                         # softmax less one-hot
-            error[rows, y] -= 1 / len(x)
-            gradient = torch.cat([z.mT @ error + shrink * w[:-1], error.sum(0, keepdim=True)])
+            error = log_p.exp()
+            error[rows, y] -= 1                                                                  # softmax less one-hot
+            gradient = torch.cat([z.mT @ error / len(x) + shrink * w[:-1], error.mean(0, keepdim=True)])
             return loss.item(), gradient.flatten().double().numpy()
 
         first = torch.cat([axes.mT @ weights[:-1] / scale[:, None], weights[-1:]])
@@ -186,7 +197,7 @@ def predict(x, weights):
 
 
 def fit_probe(x, y, fit, validation, last, classes):
-    """Standardise on the rows `fit`, choose the penalty by the macro-F1 of `validation`; then both again on the rows `last`.
+    """Standardise on the rows `fit`, choose the penalty by the macro-F1 of `validation`; then fit all on the rows `last`.
     Returns weights (F + 1, K), the features' mean and deviation, the penalty."""
     moments = lambda rows: (x[rows].mean(0), x[rows].std(0, correction=0).clamp(min=1e-6))
     mean, sd = moments(fit)
@@ -200,20 +211,24 @@ def fit_probe(x, y, fit, validation, last, classes):
 
 # ---------------------------------------------------------------- encoder and head together
 class Classifier(nn.Module):
-    """Windows (B, C, T) -> (B, K). Features are standardised by BatchNorm without weights (He et al. 2021, appendix A.1)."""
+    """Windows (B, C, T) -> (B, K). Features are standardised by BatchNorm without weights (He et al. 2021, A.1).
 
-    def __init__(self, model, sensors, how, classes, probe=None):
+    `features` (model, x) -> (B, F); `probe`: weights, mean and deviation to start from, since a random head would first
+    bend the features to itself (Kumar et al. 2022)."""
+
+    def __init__(self, model, features, example, classes, probe=None):
         super().__init__()
-        self.model, self.sensors, self.how = copy.deepcopy(model), sensors, how
-        width = len(sensors) * model.embed.out_features * len(how.split("+"))
+        self.model, self.features = model, features
+        width = features(model, example).shape[1]
         self.norm, self.head = nn.BatchNorm1d(width, affine=False), nn.Linear(width, classes)
-        if probe:                                                # a random head would first bend the features to itself
-            weights, mean, sd = probe                            # (Kumar et al. 2022)
+        if probe:
+            weights, mean, sd = probe
             self.norm.running_mean, self.norm.running_var = mean.clone(), sd.square()
             self.head.weight.data, self.head.bias.data = weights[:-1].T.float().contiguous(), weights[-1].float()
+        self.to(example.device)
 
     def forward(self, x):
-        return self.head(self.norm(pool(encode(self.model, x, self.sensors), self.how)))
+        return self.head(self.norm(self.features(self.model, x)))
 
 
 def augment(x, patch, angle, generator):
@@ -225,8 +240,9 @@ def augment(x, patch, angle, generator):
 
 
 def learn(net, windows_at, y, fit, validation, a):
-    """Train until the macro-F1 of `validation` hasn't risen for --patience epochs; returns the best net, its epoch. Judged
-    and kept is a running average of the weights: as good as a falling learning rate, without fixing the epochs before."""
+    """Train until the macro-F1 of `validation` hasn't risen for --patience epochs; returns the best net, its epoch.
+    Judged and kept is a running average of the weights: it does what a falling learning rate does, without an end that
+    is fixed beforehand."""
     generator, step, best = torch.Generator().manual_seed(a.seed), 0, (-1.0, 0, None)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
     average = copy.deepcopy(net)
@@ -235,7 +251,7 @@ def learn(net, windows_at, y, fit, validation, a):
         for batch in torch.randperm(len(fit), generator=generator)[:max(2, len(fit) // 64 * 64)].split(64):
             step += 1
             optimizer.param_groups[0]["lr"] = a.lr * min(1, step / 100)
-            logits = net(augment(windows_at(fit[batch]), net.model.patch, a.rotate, generator)).float()
+            logits = net(augment(windows_at(fit[batch]), net.model.patch, a.rotate, generator))
             F.cross_entropy(logits, y[fit[batch]].to(logits.device), label_smoothing=0.1).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -250,33 +266,14 @@ def learn(net, windows_at, y, fit, validation, a):
             return best[2], best[1]
 
 
-def do_fold(a, model, x, windows_at, y, groups, fold, sensors, classes):
-    """Learn from the fold's training rows, answer its test rows once. x: features (n, F), None for scratch."""
-    train, test = fold
-    fit, validation = set_aside(train, groups, a.seed)
-    probe, l2, epoch = None, None, None
-    if a.mode != "scratch":                                      # tune starts from a probe that hasn't seen the validation users
-        *probe, l2 = fit_probe(x, y, fit, validation, fit if a.mode == "tune" else train, classes)
-    if a.mode in ("probe", "random"):
-        weights, mean, sd = probe
-        answer = predict((x[test] - mean) / sd, weights)
-    else:
-        torch.manual_seed(a.seed)
-        net = Classifier(model, sensors, a.pool, classes, probe).to(next(model.parameters()).device)
-        net, epoch = learn(net, windows_at, y, fit, validation, a)
-        answer = batched(net, windows_at, test).argmax(1)
-    return {"train": train, "test": test, "answer": answer, "l2": l2, "epoch": epoch}
-
-
 # ---------------------------------------------------------------- scores
 def confusion(truth, answer, classes):
     """Counts (K, K): rows are the truth, columns the answer."""
-    pairs = torch.as_tensor(truth) * classes + torch.as_tensor(answer)
-    return torch.bincount(pairs, minlength=classes ** 2).view(classes, classes)
+    return torch.bincount(truth * classes + answer, minlength=classes ** 2).view(classes, classes)
 
 
 def scores(counts):
-    """Accuracy, the F1 of each class (None if it is neither there nor answered), and their mean: as scikit-learn has them."""
+    """Accuracy, each class's F1 (None if it is neither there nor answered), and their mean: as scikit-learn has them."""
     counts = counts.double()
     there = counts.sum(0) + counts.sum(1)
     f1 = 2 * counts.diag() / there
@@ -284,20 +281,21 @@ def scores(counts):
             "per_class_f1": [value if n else None for value, n in zip(f1.tolist(), there.tolist())]}
 
 
-def summarise(meta, users, labels, done):
-    """The content of the file: means over folds and their deviation; per class, over all tested windows together."""
+def summarise(meta, users, y, done):
+    """The content of the file: means over folds and their deviation; by class, of all tested windows together."""
     names = lambda rows: [meta["users"][u] for u in np.unique(users[rows])]
-    tables = [confusion(labels[fold["test"]], fold["answer"], len(meta["classes"])) for fold in done]
+    tables = [confusion(y[fold["test"]], fold["answer"], len(meta["classes"])) for fold in done]
     folds = [{**scores(table), "l2": fold["l2"], "epoch": fold["epoch"], "train_users": names(fold["train"]),
               "test_users": names(fold["test"]), "n_train": len(fold["train"]), "n_test": len(fold["test"])}
              for table, fold in zip(tables, done)]
     column = lambda key: [fold[key] for fold in folds]
+    deviation = lambda key: float(np.std(column(key), ddof=1)) if len(folds) > 1 else 0.0
     return {
-        **{key: float(np.mean(column(key))) for key in ("accuracy", "macro_f1")},
-        **{f"{key}_sd": float(np.std(column(key), ddof=1)) if len(folds) > 1 else 0.0 for key in ("accuracy", "macro_f1")},
+        "accuracy": float(np.mean(column("accuracy"))), "accuracy_sd": deviation("accuracy"),
+        "macro_f1": float(np.mean(column("macro_f1"))), "macro_f1_sd": deviation("macro_f1"),
         "per_class_f1": scores(sum(tables))["per_class_f1"], "confusion": sum(tables).tolist(), "classes": meta["classes"],
-        "test_users": names(np.concatenate([fold["test"] for fold in done])), "n_train": round(np.mean(column("n_train"))),
-        "n_test": sum(column("n_test")), "l2": column("l2"), "folds": folds}
+        "test_users": names(np.concatenate([fold["test"] for fold in done])), "l2": column("l2"),
+        "n_train": round(np.mean(column("n_train"))), "n_test": sum(column("n_test")), "folds": folds}
 
 
 # ---------------------------------------------------------------- figures
@@ -308,88 +306,138 @@ def figure(size):
     return pyplot.subplots(figsize=size, layout="constrained")
 
 
-def save(fig, path):
-    with replacing(path) as temporary:
-        fig.savefig(temporary, dpi=150)
-
-
-def draw_confusion(path, result, title):
+def draw_confusion(path, result):
     counts, K = np.array(result["confusion"]), len(result["classes"])
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     fig, axes = figure((3.4 + 0.42 * K, 2.4 + 0.42 * K))
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for i, j in zip(*np.nonzero(share >= 0.005)):
-        axes.text(j, i, f"{100 * share[i, j]:.0f}", ha="center", va="center", fontsize=8, color="white" if share[i, j] > 0.5 else "black")
+        colour = "white" if share[i, j] > 0.5 else "black"
+        axes.text(j, i, f"{100 * share[i, j]:.0f}", ha="center", va="center", fontsize=8, color=colour)
     names = [name.lower().replace("_", " ") for name in result["classes"]]
     f1 = ["-" if value is None else f"{value:.2f}" for value in result["per_class_f1"]]
     axes.set_xticks(range(K), names, rotation=90)
     axes.set_yticks(range(K), [f"{name}   F1 {value}" for name, value in zip(names, f1)])
     axes.set(xlabel="answer", ylabel="truth (numbers: % of its windows)")
-    axes.set_title(title, fontsize=10, loc="right")
-    save(fig, path)
+    axes.set_title(f"{path.stem}: macro-F1 {result['macro_f1']:.3f}", fontsize=10, loc="right")
+    with replacing(path) as temporary:
+        fig.savefig(temporary, dpi=150)
 
 
 def draw_label_curve(path, results):
     """Macro-F1 against labelled users, a line a mode."""
     fig, axes = figure((6, 4))
-    people = lambda r: float(np.mean([len(fold["train_users"]) for fold in r["folds"]]))
-    for mode, colour, marker in zip(MODES, ["#0072B2", "#009E73", "#D55E00", "#777777"], "osD^"):
-        points = sorted((people(r), r["macro_f1"], r["macro_f1_sd"]) for r in results if r["made_from"]["flags"]["mode"] == mode)
+    people = lambda result: float(np.mean([len(fold["train_users"]) for fold in result["folds"]]))
+    for mode, (colour, marker) in LOOKS.items():
+        points = sorted((people(r), r["macro_f1"], r["macro_f1_sd"]) for r in results if r["made_from"]["mode"] == mode)
         if points:
             x, y, sd = zip(*points)
             axes.errorbar(x, y, sd, color=colour, marker=marker, capsize=3, label=mode)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set(xlabel="labelled users", ylabel="macro-F1 on other users (bars: deviation over folds)", title=results[0]["data"])
+    axes.set(xlabel="labelled users", ylabel="macro-F1 on other users\n(bars: deviation over folds)", title=results[0]["data"])
     axes.grid(alpha=0.3)
     axes.legend()
-    save(fig, path)
+    with replacing(path) as temporary:
+        fig.savefig(temporary, dpi=150)
+
+
+# ---------------------------------------------------------------- a benchmark as one run sees it
+@dataclass
+class Task:
+    meta: dict                                                   # of the prepared set
+    users: np.ndarray                                            # (n,) of the labelled windows
+    y: torch.Tensor                                              # (n,)
+    folds: list                                                  # of (train, test), split by user
+    windows_at: Callable                                         # indices (B,) -> standardised windows (B, C, T)
+    model: MAE                                                   # what --mode starts from
+    features: Callable                                           # model, windows (B, C, T) -> (B, F)
+    made_from: dict                                              # what a result depends on
+
+
+def open_task(a):
+    """Run, data and flags -> Task. Raises Refused for whatever doesn't fit together."""
+    trained, config = load_run(a.run)
+    prepared = load(a.data)
+    meta, rows, trained_on = prepared.meta, labelled(prepared), config["data"]
+    users, y = prepared.users[rows], torch.from_numpy(prepared.labels[rows].astype(np.int64))
+    sensors = sensor_numbers(a.sensors, config["training"]["sensors"])
+    channels = select_sensors(meta["channels"], a.sensors)
+    names = [meta["channels"][c] for c in channels]
+    folds = user_folds(meta, users, y.numpy(), trained_on, a.seed)
+    if any(a.data in people and people - {a.data} & set(trained_on["name"].split("+")) for people in SAME_PEOPLE):
+        print(f"warning: {trained_on['name']} was recorded with the people of {a.data}: the encoder has seen some of those "
+              "tested here, without labels", file=sys.stderr)
+    torch.manual_seed(a.seed)
+    device = choose_device(a.device)
+    half = choose_precision(a.precision, device) == "bf16"
+    model = build(config, trained.state_dict(), a.mode, prepared.windows.shape[2]).to(device)
+    windows_at = lambda i: standardise(torch.from_numpy(prepared.windows[rows[i]][:, channels]).to(device), names)
+    features = lambda model, x: pool(encode(model, x, sensors, half), a.pool)
+    matters = ["mode", "sensors", "pool", "seed"] + ["lr", "patience", "rotate"] * (a.mode in ("tune", "scratch"))
+    made_from = {"weights": digest(trained.state_dict()) if a.mode in ("probe", "tune") else "random",
+                 "model": config["model"], "data": meta["fingerprint"], **{key: getattr(a, key) for key in matters}}
+    return Task(meta, users, y, folds, windows_at, model, features, made_from)
+
+
+def do_fold(task, x, train, test, groups, a):
+    """Learn from the rows `train`, answer the rows `test`, once. x: features (n, F), None for scratch."""
+    fit, validation = set_aside(train, groups, a.seed)
+    probe, l2, epoch, classes = None, None, None, len(task.meta["classes"])
+    if a.mode != "scratch":                                      # tune starts from a probe that knows no validation user
+        *probe, l2 = fit_probe(x, task.y, fit, validation, fit if a.mode == "tune" else train, classes)
+    if a.mode in ("probe", "random"):
+        weights, mean, sd = probe
+        answer = predict((x[test] - mean) / sd, weights)
+    else:
+        torch.manual_seed(a.seed)
+        net = Classifier(copy.deepcopy(task.model), task.features, task.windows_at(test[:1]), classes, probe)
+        net, epoch = learn(net, task.windows_at, task.y, fit, validation, a)
+        answer = batched(net, task.windows_at, test).argmax(1)
+    return {"train": train, "test": test, "answer": answer, "l2": l2, "epoch": epoch}
 
 
 # ---------------------------------------------------------------- the command
 def parse_flags():
+    """All flags, checked; `label_users` as a list of counts, [None] for all users. Raises Refused."""
     p = argparse.ArgumentParser(description="Test a pre-trained encoder on activities of people it has never seen.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("run", help="folder of a run of pretrain.py; the weights of its best step are used")
     g = p.add_argument_group("what is learned")
-    g.add_argument("--data", required=True, help="prepared set with labels: ucihar, wisdm_phone, wisdm_watch, simulated, ...")
-    g.add_argument("--mode", choices=MODES, default="probe", help="probe: encoder frozen; tune: trained further; scratch: trained "
-                   "from random weights; random: probe of an untrained encoder")
-    g.add_argument("--sensors", choices=["both", "acc", "gyro"], default="both", help="one sensor alone: the other stays unseen")
-    g.add_argument("--pool", choices=["mean", "mean+std"], default="mean", help="mean+std: twice the features, a few points more")
+    g.add_argument("--data", required=True, help="prepared set with labels: ucihar, wisdm_phone, wisdm_watch, simulated")
+    g.add_argument("--mode", choices=list(LOOKS), default="probe", help="probe: encoder frozen; tune: trained further; "
+                   "scratch: trained from random weights; random: probe of an untrained encoder")
+    g.add_argument("--sensors", choices=["both", "acc", "gyro"], default="both", help="one alone: the other stays unseen")
+    g.add_argument("--pool", choices=["mean", "mean+std"], default="mean", help="mean+std: twice the features, and a few "
+                   "points more, most for an untrained encoder")
     g = p.add_argument_group("who is tested")
-    g.add_argument("--label-users", metavar="K", help="train on K labelled users; 1,2,4: on so many, one after the other. Draws the "
-                   "curve of all such results; default: all training users")
-    g.add_argument("--split", choices=["user", "window"], default="user", help="window: windows drawn at random, so that test users "
-                   "are in training. No result: it shows what that leak is worth, beside the honest score")
+    g.add_argument("--label-users", metavar="K", help="train on K labelled users only; 1,2,4: on so many, one after the "
+                   "other. Draws the curve of all such results. default: all training users")
+    g.add_argument("--split", choices=["user", "window"], default="user", help="window: windows drawn at random, test "
+                   "users in training. No result: it shows what that leak is worth, beside the honest score")
     g.add_argument("--seed", type=int, default=0, help="draws folds, users set aside, labelled users, untrained weights")
     g = p.add_argument_group("tune and scratch")
-    g.add_argument("--lr", type=float, help="learning rate; default: 0.0003 for tune, 0.001 for scratch")
-    g.add_argument("--patience", type=int, default=8, help="stop when so many epochs brought the validation users nothing")
+    g.add_argument("--lr", type=float, help="learning rate. default: 0.0003 for tune, 0.001 for scratch")
+    g.add_argument("--patience", type=int, default=8, help="stop when so many epochs didn't help the validation users")
     g.add_argument("--rotate", type=float, default=0.2, help="turn each training window's sensor frame by about so many rad")
     g = p.add_argument_group("machine")
     g.add_argument("--device", default="auto", help="cpu, cuda, mps; auto takes the fastest there is")
-    g.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="bf16: the encoder's matrix products in half "
-                   "precision, twice as fast; auto takes it where the processor can")
+    g.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="bf16: the encoder's matrix "
+                   "products in half precision, twice as fast; auto takes it where the processor can")
     g.add_argument("--threads", type=int, default=0, help="CPU threads; 0: OMP_NUM_THREADS, or all cores")
     a = p.parse_args()
     if a.lr is None:
-        a.lr = {"tune": 3e-4, "scratch": 1e-3}.get(a.mode, 0)
-    return a
-
-
-def check_flags(a):
-    """The numbers of labelled users that are asked for, [None] for all. Raises Refused."""
+        a.lr = 1e-3 if a.mode == "scratch" else 3e-4
     for name, low, high in (("patience", 1, 1000), ("rotate", 0, 3.2), ("seed", 0, 2 ** 31), ("threads", 0, 1024), ("lr", 0, 1)):
         if not low <= getattr(a, name) <= high:
             raise Refused(f"--{name} {getattr(a, name)}: choose one from {low} to {high}")
-    if a.label_users is None:
-        return [None]
-    if a.split == "window":
-        raise Refused("--label-users can't go with --split window: windows drawn at random are of all users")
-    if not all(part.isdecimal() and int(part) for part in a.label_users.split(",")):
+    parts = [None] if a.label_users is None else a.label_users.split(",")
+    if not all(part is None or part.isdecimal() and int(part) for part in parts):
         raise Refused(f"--label-users {a.label_users}: give a number of users, or several with commas, such as 1,2,4,8")
-    return sorted({int(part) for part in a.label_users.split(",")})
+    if a.label_users is not None and a.split == "window":
+        raise Refused("--label-users can't go with --split window: windows drawn at random are of all users")
+    a.label_users = [part and int(part) for part in parts]
+    return a
 
 
 def read_result(path):
@@ -408,72 +456,52 @@ def is_done(path, made_from):
         print(f"{path} is there already, made from the same weights, data and flags")
     elif path.exists():
         differ = ", ".join(key for key in made_from if old.get(key) != made_from[key])
-        print(f"{path} is replaced: " + (f"it was made from other {differ}" if old else "it is damaged"), file=sys.stderr)
+        print(f"{path} is replaced: it " + (f"was made from other {differ}" if old else "is damaged"), file=sys.stderr)
     return old == made_from
 
 
-def announce(result):
-    flags, folds = result["made_from"]["flags"], len(result["folds"])
+def announce(name, result):
+    folds = len(result["folds"])
     score = lambda key: f"{result[key]:.4f}" + (f" +- {result[key + '_sd']:.4f}" if folds > 1 else "")
-    print(f"{result['data']}, {flags['mode']}, split by {flags['split']}"
-          + (f", {flags['label_users']} labelled users" if flags["label_users"] else "")
-          + f": accuracy {score('accuracy')}, macro-F1 {score('macro_f1')} ({len(result['test_users'])} users tested, {folds} folds)", flush=True)
+    print(f"{name}: accuracy {score('accuracy')}, macro-F1 {score('macro_f1')} "
+          f"({len(result['test_users'])} users tested, {folds} fold{'s' * (folds > 1)})", flush=True)
 
 
 def main():
     a = parse_flags()
-    counts = check_flags(a)
     if a.threads:
         torch.set_num_threads(a.threads)
     keep_memory()
-    trained, config = load_run(a.run)
-    prepared = load(a.data)
-    meta, rows = prepared.meta, labelled(prepared)
-    users, y = prepared.users[rows], torch.from_numpy(prepared.labels[rows].astype(np.int64))
-    folds = user_folds(meta, users, y.numpy(), config["data"], a.seed)
-    sensors, channels = sensor_numbers(a.sensors, config["training"]["sensors"]), select_sensors(meta["channels"], a.sensors)
-    if any(a.data in people and people - {a.data} & set(config["data"]["name"].split("+")) for people in SAME_PEOPLE):
-        print(f"warning: {config['data']['name']} was recorded with the people of {a.data}: the encoder has seen some of those "
-              "tested here, without labels", file=sys.stderr)
-
-    weights = trained.state_dict() if a.mode in ("probe", "tune") else None
-    torch.manual_seed(a.seed)
-    device = choose_device(a.device)
-    half = torch.autocast(device.type, torch.bfloat16, enabled=choose_precision(a.precision, device) == "bf16")
-    model = build(weights, config, prepared.windows.shape[2]).to(device)
-    names = [meta["channels"][c] for c in channels]
-    windows_at = lambda some: standardise(torch.from_numpy(prepared.windows[rows[some]][:, channels]).to(device), names)
-    made_from = {"weights": digest(dict(weights)) if weights else "random", "model": config["model"], "data": meta["fingerprint"]}
-    flags = {key: getattr(a, key) for key in ["mode", "sensors", "pool", "seed"] + ["lr", "patience", "rotate"] * bool(a.lr)}
-    stem = f"{a.data}-{a.mode}" + f"-{a.sensors}" * (a.sensors != "both")
-    tail = f"-{a.pool}" * (a.pool != "mean") + f"-s{a.seed}" * (a.seed != 0)
-
-    x, folder = None, Path(a.run) / "finetune"
-    for count, split in [(count, "user") for count in counts] + [(None, "window")] * (a.split == "window"):
-        path = folder / (stem + f"-u{count}" * bool(count) + "-window" * (split == "window") + tail + ".json")
-        made = {**made_from, "flags": {**flags, "label_users": count, "split": split}}
-        if not is_done(path, made):
-            started, done, groups = time.time(), [], users if split == "user" else np.arange(len(y))
-            these = few_users(folds, users, count, a.seed) if count else folds if split == "user" else window_folds(folds, a.seed)
-            for fold in these:
-                with half:
-                    if x is None and a.mode != "scratch":
-                        x = batched(lambda w: pool(encode(model, w, sensors), a.pool), windows_at, np.arange(len(y)))
-                    done.append(do_fold(a, model, x, windows_at, y, groups, fold, sensors, len(meta["classes"])))
-                if a.lr:
-                    print(f"fold {len(done)} of {len(these)}: best at epoch {done[-1]['epoch']}, {time.time() - started:.0f} s", flush=True)
-            result = {**summarise(meta, users, y, done), "data": a.data, "made_from": made, "provenance": provenance(),
-                      "seconds": time.time() - started}
-            write_json(path, result)
-            draw_confusion(path.with_suffix(".png"), result, f"{path.stem}: macro-F1 {result['macro_f1']:.3f}")
-        announce(read_result(path))
+    task, x, folder = open_task(a), None, Path(a.run) / "finetune"
+    sensor = f"-{a.sensors}" * (a.sensors != "both")
+    tail = f"-{a.pool}" * (a.pool != "mean") + f"-s{a.seed}" * (a.seed > 0)
+    for count, split in [(count, "user") for count in a.label_users] + [(None, "window")] * (a.split == "window"):
+        name = f"{a.data}-{a.mode}{sensor}" + f"-u{count}" * bool(count) + "-window" * (split == "window") + tail
+        made_from = {**task.made_from, "label_users": count, "split": split}
+        if not is_done(folder / f"{name}.json", made_from):
+            started, folds, groups, done = time.time(), task.folds, task.users, []
+            if count:
+                folds = few_users(folds, task.users, count, a.seed)
+            if split == "window":
+                folds, groups = window_folds(folds, a.seed), np.arange(len(task.y))
+            if x is None and a.mode != "scratch":
+                x = batched(lambda windows: task.features(task.model, windows), task.windows_at, np.arange(len(task.y)))
+            for train, test in folds:
+                done.append(do_fold(task, x, train, test, groups, a))
+                print(f"fold {len(done)} of {len(folds)}, {time.time() - started:.0f} s", file=sys.stderr)
+            result = {**summarise(task.meta, task.users, task.y, done), "data": a.data, "made_from": made_from,
+                      "seconds": round(time.time() - started, 1), "provenance": provenance()}
+            write_json(folder / f"{name}.json", result)
+            draw_confusion(folder / f"{name}.png", result)
+        announce(name, read_result(folder / f"{name}.json"))
     if a.split == "window":
-        print("warning: the second score is what a leak looks like, not a result: windows of each tested person were trained on", file=sys.stderr)
-    if a.label_users:
-        same = {"split": "user", **{key: flags[key] for key in ("sensors", "pool", "seed")}}
-        results = [r for r in map(read_result, sorted(folder.glob(f"{a.data}-*.json"))) if r and r["data"] == a.data
-                   and same.items() <= r["made_from"]["flags"].items() and r["made_from"]["model"] == config["model"]]
-        draw_label_curve(folder / f"{a.data}{stem.removeprefix(a.data + '-' + a.mode)}{tail}-label-users.png", results)
+        print("warning: the second score is what a leak looks like, not a result: it was tested on people it was trained "
+              "on", file=sys.stderr)
+    if a.label_users != [None]:
+        alike = {key: value for key, value in made_from.items() if key in ("model", "data", "sensors", "pool", "seed", "split")}
+        results = [r for r in map(read_result, sorted(folder.glob(f"{a.data}-*.json"))) if r and
+                   alike.items() <= r["made_from"].items()]
+        draw_label_curve(folder / f"{a.data}{sensor}{tail}-label-users.png", results)
 
 
 if __name__ == "__main__":

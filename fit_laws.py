@@ -1,7 +1,7 @@
 """
 From finished runs to a scaling law one can trust: the fit, its intervals, its rivals, and what to do next.
 
-    loss = E + sum_i A_i x_i^-alpha_i       E: the floor no x gets below; x_i: users, hours per user, parameters, tokens...
+    loss = E + sum_i A_i x_i^-alpha_i       E: the floor no x gets below; x_i: users, hours per user, parameters...
 
 The method, in the order of this file (n rows, k factors, P = 1 + 2k parameters, B problems solved side by side):
     law         log E and log A_i - alpha_i log x_i: k + 1 terms (B, n), whose log-sum-exp is the log of the loss
@@ -15,7 +15,7 @@ What is asked of it: verdicts in words with numbers, advice for a plan, tables a
     python fit_laws.py TABLE.csv --x params tokens --y loss --holdout tokens --out DIR  # any table
     python fit_laws.py results/GRID/laws.json --recommend --users 30 --hours-per-user 2 # what a law says about a plan
 
-The objective is approach 3 of Hoffmann et al. 2022 (arXiv 2203.15556), as refitted by Besiroglu et al. 2024 (2404.10102).
+Objective: approach 3 of Hoffmann et al. 2022 (arXiv 2203.15556), as refitted by Besiroglu et al. 2024 (2404.10102).
 """
 import argparse, csv, json, math, os, re
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +28,7 @@ from scipy.special import erf, stdtrit
 
 from data import Refused, command, provenance, replacing
 
-DELTA = 1e-3                                                     # Huber's: log-residuals beyond 0.1 % count by their size
+DELTA = 1e-3                                                     # Huber's: residuals past 0.1 % count by their size
 FACTORS = ("users", "hours_per_user", "params_encoder")          # of a grid, in the order of its joint law
 
 
@@ -87,7 +87,7 @@ def split(theta, form):
 
 
 def log_terms(theta, form, scale, log_x):
-    """Logs of E and of each factor's term at log_x (k, n), and for each column of theta: its term, d log term / d column."""
+    """Logs of E and of each factor's term at log_x (k, n); for each column of theta, its term and d log term by it."""
     s, factors = split(theta, form)
     terms, slopes = [], []
     if form.floor:                                               # E = lowest loss x sigmoid(s): 0 < E < lowest loss
@@ -124,8 +124,8 @@ def objective(theta, form, scale, log_x, log_y, weights):
     terms, slopes = log_terms(theta, form, scale, log_x)
     log_law, shares = log_sum_exp(terms)
     residuals = log_y - log_law
-    pull = -weights * np.clip(residuals, -DELTA, DELTA)          # d objective / d log law; d log law / d log term = share
-    pulls = [pull * share for share in shares]
+    pull = -weights * np.clip(residuals, -DELTA, DELTA)          # d objective / d log law
+    pulls = [pull * share for share in shares]                   # d log law / d log term is the term's share in the law
     gradient = [np.einsum("bn,bn->b", pulls[term], np.broadcast_to(d, pull.shape)) for term, d in slopes]
     return (weights * huber(residuals)).sum(1), np.stack(gradient, 1)
 
@@ -143,7 +143,7 @@ def minimise(function, x, ticks, memory=10):
     B, P = x.shape
     x, active = x.copy(), np.arange(B)
     f, g = function(x, active)
-    S, Y = np.zeros((2, B, memory, P))                           # the last steps, and how the gradient changed over them
+    S, Y = np.zeros((2, B, memory, P))                           # the last steps, and what the gradient changed by
     d, step, near, far = downhill(g, .1), np.ones(B), np.zeros(B), np.full(B, np.inf)
     afresh, quiet = np.ones(B, bool), np.zeros(B, int)
     for _ in range(ticks):
@@ -156,7 +156,7 @@ def minimise(function, x, ticks, memory=10):
         missed, good = active[too_far | too_near], ~(too_far | too_near)
         step[missed] = np.where(np.isinf(far[missed]), 2 * near[missed], (near[missed] + far[missed]) / 2)
 
-        i = active[good]                                         # a step is taken: remember it, choose the next direction
+        i = active[good]                                         # a step is taken: remember it, choose the next
         S[i] = np.concatenate([S[i, 1:], (trial[good] - x[i])[:, None]], 1)
         Y[i] = np.concatenate([Y[i, 1:], (g_trial[good] - g[i])[:, None]], 1)
         quiet[i] = np.where(f[i] - f_trial[good] > 1e-12 * f_trial[good], 0, quiet[i] + 1)
@@ -164,7 +164,7 @@ def minimise(function, x, ticks, memory=10):
         curvature = np.einsum("bmp,bmp->bm", S[i], Y[i])
         rho = np.where(curvature > 0, 1 / np.maximum(curvature, 1e-300), 0)
         q, used = g[i].copy(), []
-        for m in reversed(range(memory)):                        # the two loops of L-BFGS (Nocedal & Wright, algorithm 7.4)
+        for m in reversed(range(memory)):                        # the two loops (Nocedal & Wright, algorithm 7.4)
             used.append(rho[:, m] * dot(S[i, m], q))
             q -= used[-1][:, None] * Y[i, m]
         last = curvature[:, -1] / np.maximum(dot(Y[i, -1], Y[i, -1]), 1e-300)
@@ -193,7 +193,8 @@ def solve(form, scale, log_x, log_y, starts, weights, keep):
     for ticks, left in ((40, M), (1500, min(keep, M))):
         owner = np.repeat(np.arange(B), left)
         chunks = np.array_split(np.arange(B * left), math.ceil(B * left * len(log_y) / 100_000))
-        one = lambda c: minimise(lambda x, i: objective(x, form, scale, log_x, log_y, weights[owner[c[i]]]), theta[c], ticks)
+        value = lambda x, tables: objective(x, form, scale, log_x, log_y, weights[tables])
+        one = lambda c: minimise(lambda x, i: value(x, owner[c[i]]), theta[c], ticks)
         with np.errstate(all="ignore"), ThreadPoolExecutor(os.cpu_count()) as pool:
             theta, f = (np.concatenate(part) for part in zip(*pool.map(one, chunks)))
         best = np.argsort(f.reshape(B, left), axis=1)[:, :keep]
@@ -203,7 +204,7 @@ def solve(form, scale, log_x, log_y, starts, weights, keep):
 
 
 def grid_of_starts(form, scale, log_x, log_y):
-    """Every combination of the shapes' starting values and of three floors; factors share evenly what E leaves. (M, P)"""
+    """Every combination of the shapes' starting values and three floors; the factors share what E leaves. (M, P)"""
     starts = []
     for s, *choice in product((-3., 0., 2.) if form.floor else (None,), *(SHAPES[shape][1] for shape in form.shapes)):
         E = 0 if s is None else math.exp(scale.low) / (1 + math.exp(-s))
@@ -216,7 +217,7 @@ def grid_of_starts(form, scale, log_x, log_y):
 
 
 def in_units(theta, form, scale):
-    """Laws theta (B, P) in the table's units: {"E": (B,), "log_A", "alpha", "beta", "x0": (B, k)}; NaN: not of this shape."""
+    """Laws theta (B, P) in the table's units: {"E": (B,), "log_A", "alpha", "beta", "x0": (B, k)}, some of them NaN."""
     s, factors = split(theta, form)
     units = {name: np.full((len(theta), len(factors)), np.nan) for name in ("log_A", "alpha", "beta", "x0")}
     units["E"] = np.exp(scale.low - np.logaddexp(0, -s[:, 0])) if form.floor else np.zeros(len(theta))
@@ -228,13 +229,13 @@ def in_units(theta, form, scale):
             units["beta"][:, i:i + 1] = np.exp(q[1]) / half
         units["log_A"][:, i:i + 1] = a - math.log(half) * (shape == "logarithm")
         if shape != "power law":
-            past = {"exponential": q[0], "logarithm": half * (1 + np.exp(q[0])), "broken power law": half * q[-1]}[shape]
-            units["x0"][:, i:i + 1] = np.exp(np.clip(middle + past, -700, 700))
+            end = {"exponential": q[0], "logarithm": half * (1 + np.exp(q[0])), "broken power law": half * q[-1]}[shape]
+            units["x0"][:, i:i + 1] = np.exp(np.clip(middle + end, -700, 700))
     return units
 
 
 class Fit(NamedTuple):
-    """A fitted law. `units` and `draws` are what `in_units` gives, for it and for the B fits to resampled tables (or None)."""
+    """A fitted law; `units` and `draws` are as `in_units` gives them, for it and for B resampled tables (or None)."""
     x: tuple                                                     # names of the k factors
     y: str
     form: Form
@@ -255,21 +256,22 @@ def fit(table, x, y, form=None, bootstrap=0, seed=0):
     log_x, log_y = np.log([table[name] for name in x]), np.log(table[y])
     P = form.floor + sum(1 + len(SHAPES[shape][1][0]) for shape in form.shapes)
     if len(log_y) < max(5, P):
-        raise Refused(f"{len(log_y)} rows can't carry a law of {' and '.join(x)} with {P} parameters: {max(5, P)} are needed")
+        raise Refused(f"{len(log_y)} rows can't carry the {P} parameters of a law of {' and '.join(x)}: add runs")
     for name in x:
         if len(np.unique(table[name])) < 3:
-            raise Refused(f"the column '{name}' has {len(np.unique(table[name]))} distinct value(s), and 3 are the least that "
+            raise Refused(f"the column '{name}' has {len(np.unique(table[name]))} distinct value(s), and it takes 3 to "
                           "show an exponent: leave it out, or add runs")
     scale = Scale((log_x.max(1) + log_x.min(1)) / 2, np.ptp(log_x, axis=1) / 2, log_y.min())
     starts = grid_of_starts(form, scale, log_x, log_y)
     ends, f = (part[0] for part in solve(form, scale, log_x, log_y, starts, np.ones((1, len(log_y))), keep=12))
     residuals = log_y - log_sum_exp(log_terms(ends[:1], form, scale, log_x)[0])[0][0]
     warnings = doubts(x, form, scale, in_units(ends[f <= f[0] * 1.001], form, scale))
-    fitted = Fit(tuple(x), y, form, scale, ends[:1], f[0], residuals, aicc(residuals, P), warnings, in_units(ends[:1], form, scale))
+    fitted = Fit(tuple(x), y, form, scale, ends[:1], f[0], residuals, aicc(residuals, P), warnings,
+                 in_units(ends[:1], form, scale))
     if not bootstrap:
         return fitted
     weights, widen = resample(table, x, bootstrap, np.random.default_rng(seed))
-    apart = [ends[0]]                                            # resamples start where fits to the table ended, and afar
+    apart = [ends[0]]                                            # resamples start where fits to the table end, and afar
     for end in ends[1:]:
         if len(apart) < 4 and min(np.abs(np.tanh((end - other) / 3)).max() for other in apart) > .2:
             apart.append(end)
@@ -281,16 +283,17 @@ def fit(table, x, y, form=None, bootstrap=0, seed=0):
 def doubts(x, form, scale, ends):
     """What in a fit must not be trusted, in sentences; `ends` are the laws within 0.1 % of the best objective."""
     said, low = [], math.exp(scale.low)
-    alphas = zip([f"alpha of {name}" for name in x], ends["alpha"].T, [.02] * len(x))
+    alphas = [(f"alpha of {name}", alpha, .02) for name, alpha in zip(x, ends["alpha"].T)]
     for name, values, apart in [("E", ends["E"], .01 * low), *alphas]:
         if np.ptp(values) > apart:
-            said.append(f"flat surface: fits within 0.1 % of the best have {name} from {values.min():.4g} to {values.max():.4g}")
+            said.append(f"flat surface: fits 0.1 % worse at most have {name} {values.min():.4g} to {values.max():.4g}")
     if form.floor and not 1e-4 < ends["E"][0] / low < 1 - 1e-4:
-        said.append("E is at its bound, " + ("0: the table shows no floor" if ends["E"][0] < low / 2 else "the lowest loss"))
-    for name, shape, slope in zip(x, form.shapes, ends["alpha"][0] * scale.half):
-        if shape == "power law" and not 5e-4 < slope < 15:
-            said.append(f"alpha of {name} is at its bound, " + ("0: the loss doesn't fall with it" if slope < 1 else
-                                                                 "so steep that only the smallest value feels it"))
+        at = "0: the table shows no floor" if ends["E"][0] < low / 2 else "the lowest loss"
+        said.append(f"E is at its bound, {at}")
+    for name, slope in zip(x, ends["alpha"][0] * scale.half):
+        if slope < 5e-4 or slope > 15:
+            said.append(f"alpha of {name} is at its bound: " + (
+                "the loss doesn't fall with it" if slope < 1 else "only the smallest value matters"))
     return said
 
 
@@ -304,27 +307,35 @@ def law(fitted, x):
 def resample(table, x, B, rng):
     """Weights (B, n) that stand for B resampled tables, and the factor by which the spread of their fits is widened.
 
-    Rows are drawn with replacement, or, with a column `group`, whole groups: runs whose errors go together, as those of a
-    seed, which share users and weights. As S groups say little about their own spread, it is widened as for a mean of S
-    values, by sqrt(S / (S - 1)) t_S-1 / 1.96 (results/coverage.md measures what that does). Resamples with fewer than
-    three values of a factor are drawn again; where hardly any has three, rows are drawn after all.
+    Rows are drawn with replacement, or, with a column `group`, whole groups (in each `stratum`, if there is one): runs
+    whose errors go together, as those of a seed, which share users and weights. Few groups say little about their own
+    spread, so it is widened as for the mean of a few values: S groups in T strata, d = S - T, by sqrt(S / d) t_d / 1.96
+    (results/coverage.md measures what that does). Resamples with less than three values of a factor are drawn again;
+    where hardly any has three, rows are drawn after all.
     """
     n = len(table[x[0]])
     levels = [np.unique(table[name], return_inverse=True)[1] for name in x]
     kinds = [np.eye(level.max() + 1)[level] for level in levels if level.max() < 20]
-    for groups in (np.unique(table.get("group", np.arange(n)), return_inverse=True)[1], np.arange(n)):
-        S, weights = groups.max() + 1, np.zeros((0, n))
-        for _ in range(50):
-            drawn = rng.multinomial(S, np.full(S, 1 / S), size=B)[:, groups].astype(float)
+    rows, one = np.arange(n), np.zeros(n)
+    for groups, strata in ((table.get("group", rows), table.get("stratum", one)), (rows, one)):
+        _, first, groups = np.unique(groups, return_index=True, return_inverse=True)
+        strata = np.unique(strata[first], return_inverse=True)[1]                # of each group
+        S, free, weights = len(first), len(first) - strata.max() - 1, np.zeros((0, n))
+        for _ in range(50 * (free > 0)):
+            counts = np.zeros((B, S))
+            for stratum in range(strata.max() + 1):
+                mine = np.flatnonzero(strata == stratum)
+                counts[:, mine] = rng.multinomial(len(mine), np.full(len(mine), 1 / len(mine)), size=B)
+            drawn = counts[:, groups]
             enough = np.all([((drawn > 0) @ kind > 0).sum(1) > 2 for kind in kinds] or [np.ones(B, bool)], axis=0)
             weights = np.concatenate([weights, drawn[enough]])[:B]
             if len(weights) == B:
-                return weights, math.sqrt(S / (S - 1)) * stdtrit(S - 1, .975) / 1.96 if S < n else 1.
+                return weights, math.sqrt(S / free) * stdtrit(free, .975) / 1.96 if S < n else 1.
     raise Refused(f"resampled tables hardly ever hold 3 values of {' and '.join(x)}: add runs, or use --bootstrap 0")
 
 
 def interval(value, draws, widen=1., log=False, low=-math.inf, high=math.inf):
-    """95 % interval of a number from its bootstrap draws: percentiles, widened around the value (on a log scale: log=True)."""
+    """95 % interval of a number: percentiles of its bootstrap draws, widened around it (log=True: on a log scale)."""
     if log:
         with np.errstate(divide="ignore"):
             return [math.exp(min(v, 700)) for v in interval(np.log(value), np.log(draws), widen)]
@@ -339,7 +350,7 @@ def estimate(fitted, quantity, **scale):
 
 # ---------------------------------------------------------------- rivals: AICc, and the largest scale held out
 def aicc(residuals, parameters):
-    """AICc by the density exp(-Huber(r) / t) / Z(t): whatever its scale t, its maximum-likelihood law is the one fitted here."""
+    """AICc by the density exp(-Huber(r) / t) / Z(t): at any t, its maximum-likelihood law is the one fitted here."""
     t = np.geomspace(1e-13, 10, 4000)
     Z = np.sqrt(2 * np.pi * t) * erf(DELTA / np.sqrt(2 * t)) + 2 * t / DELTA * np.exp(-DELTA ** 2 / (2 * t))
     n, k = len(residuals), parameters + 1                        # t is a parameter as well
@@ -352,7 +363,7 @@ def take(table, rows):
 
 
 def hold_out(table, x, y, form, column, must=False):
-    """Fit without the largest scale of `column` (within 10 % of its maximum; a tenth of the rows at least) and predict it.
+    """Fit without the largest scale of `column` (to 10 % below its maximum, a tenth of the rows at least); predict it.
 
     Returns the errors and what they are of; None where too little is left to fit (Refused, if it must).
     """
@@ -369,11 +380,12 @@ def hold_out(table, x, y, form, column, must=False):
             "worst_relative_error": float(error.max()), "truth": truth, "predicted": predicted}
 
 
-RIVALS = (("power law", True), ("power law", False), ("exponential", True), ("logarithm", False), ("broken power law", False))
+RIVALS = [("power law", True), ("power law", False), ("exponential", True), ("logarithm", False),
+          ("broken power law", False)]
 
 
 def analyse(table, x, y, floor=True, bootstrap=1000, column=None, seed=0, judged=None):
-    """The law asked for, then its rivals in each `judged` factor's place: [(name, Fit, held-out errors or None)]; verdicts."""
+    """That law and its rivals in each `judged` factor's place, [(name, Fit, held-out errors or None)]; verdicts."""
     form = Form(("power law",) * len(x), floor)
     held = hold_out(table, x, y, form, column, must=True) if column else None
     laws, verdicts = [(f"{y} by {', '.join(x)}", fit(table, x, y, form, bootstrap, seed), held)], {}
@@ -407,27 +419,25 @@ def sign(ci95, above, below):
 
 
 def judge(asked, i, tried):
-    """Is the loss a power law of factor i? Claimed where AICc is 2 better than the other curves', and no worse than that of the
-    broken power law, which holds it; and where none predicts what was held out better, by half the runs' scatter."""
+    """Is the loss a power law of factor i? Claimed where its AICc is 2 better than other curves', no worse than that of
+    the broken power law, which contains it, and where none predicts what was held out better (by half the scatter)."""
     value, ci95 = estimate(asked, lambda units: units["alpha"][:, i], low=0)
-    is_power = lambda tried: tried[1].form.shapes[i] == "power law"
-    mine = min(filter(is_power, tried), key=lambda tried: tried[1].aicc)
-    others = [other for other in tried if not is_power(other) and math.isfinite(other[1].aicc)]
-    text = f"{asked.y} against {asked.x[i]}: "
-    if not others or not math.isfinite(mine[1].aicc):
-        return {"value": value, "ci95": ci95, "claimed": False, "text": text + "too few rows to tell one curve from another"}
-    ahead = [other[1].aicc - mine[1].aicc - 2 * (other[1].form.shapes[i] != "broken power law") for other in others]
-    error = lambda tried: tried[2]["median_relative_error"] if tried[2] and mine[2] else 0
-    better = [other for other in others if error(other) + np.median(np.abs(mine[1].residuals)) / 2 < error(mine)]
-    rival = others[np.argmin(ahead)] if min(ahead) < 0 or not better else better[0]
-    claimed = min(ahead) > 0 and not better
-    text += (f"a power law, exponent {value:.3f}{span(ci95)}; next comes the {rival[0]}" if claimed else
-             f"no single power law: the {rival[0]} fits better" if min(ahead) < -4 else
-             f"not decided between {mine[0]} and {rival[0]}")
-    text += f" (AICc {mine[1].aicc:.1f} against {rival[1].aicc:.1f}"
-    if error(mine):
-        text += f"; median error on the largest {mine[2]['column']}, held out, {error(mine):.2%} against {error(rival):.2%}"
-    return {"value": value, "ci95": ci95, "claimed": bool(claimed), "text": text + ")"}
+    is_power = lambda one: one[1].form.shapes[i] == "power law"
+    mine = min(filter(is_power, tried), key=lambda one: one[1].aicc)
+    others = [one for one in tried if not is_power(one) and one[1].aicc < math.inf]
+    told = {"value": value, "ci95": ci95, "claimed": False, "text": f"{asked.y} against {asked.x[i]}: "}
+    if not others:
+        return {**told, "text": told["text"] + "too few rows to tell one curve from another"}
+    ahead = [one[1].aicc - mine[1].aicc - 2 * (one[1].form.shapes[i] != "broken power law") for one in others]
+    error = lambda one: one[2]["median_relative_error"] if one[2] and mine[2] else 0
+    better = [one for one in others if error(one) + np.median(np.abs(mine[1].residuals)) / 2 < error(mine)]
+    rival = better[0] if better and min(ahead) > 0 else others[np.argmin(ahead)]
+    told["claimed"] = bool(min(ahead) > 0 and not better)
+    told["text"] += (f"a power law, exponent {value:.3f}{span(ci95)}; next comes the {rival[0]}" if told["claimed"] else
+                     f"no single power law, the {rival[0]} fits better" if min(ahead) < -4 else
+                     f"not decided between {mine[0]} and {rival[0]}")
+    held = mine[2] and f"; error on the largest {mine[2]['column']}, held out, {error(mine):.2%} and {error(rival):.2%}"
+    return {**told, "text": told["text"] + f" (AICc {mine[1].aicc:.1f} and {rival[1].aicc:.1f}{held or ''})"}
 
 
 def terms_at(units, x):
@@ -440,13 +450,13 @@ def loss_at(units, x):
 
 
 def capacities(units, x, way):
-    """Parameters P (the last factor) that fit the data x (the others), (B,). An additive law falls with P for ever, so what
-    fits is a matter of cost; both ways go as data^(alpha_data / alpha_P):
+    """Parameters P (the last factor) that fit the data x (the others), (B,). An additive law falls with P for ever, so
+    what fits is a matter of cost:
 
-    balanced           1 % more parameters gain what 1 % more data gain, gathered the better way: alpha_P A_P P^-alpha_P =
-                       max_i alpha_i A_i x_i^-alpha_i, the optimum where cost is parameters x data (Hoffmann et al. 2022)
-    within_1_percent   no larger model gains more than 1 % on these data: A_P P^-alpha_P is 1 % of all the rest. For data
-                       that are dear and a machine that isn't (here E makes the power of the data smaller)
+    balanced           1 % more parameters gain what 1 % more data gain, gathered the better way: alpha_P A_P P^-alpha_P
+                       = max_i alpha_i A_i x_i^-alpha_i. Best where cost is parameters x data (Hoffmann et al. 2022)
+    within_1_percent   no larger model gains more than 1 % on these data: A_P P^-alpha_P is 1 % of all the rest. Best
+                       where data are dear and the machine is not
     """
     terms = terms_at(units, [*x, 1.])
     if way == "balanced":
@@ -458,39 +468,40 @@ def capacities(units, x, way):
 
 
 def users_or_hours(joint, table):
-    """Do users beat hours per user? By exponents, by the law at equal total hours, and by pairs of runs without any law."""
+    """Do users beat hours per user? By exponents; by the law at equal hours in all; by pairs of runs, without a law."""
     value, ci95 = estimate(joint, lambda units: units["alpha"][:, 0] - units["alpha"][:, 1])
     a, b = joint.units["alpha"][0, :2]
     verdicts = {"users_minus_hours_exponent": {"value": value, "ci95": ci95, "text": (
         f"exponent of users {a:.3f}, of hours per user {b:.3f}, difference {value:+.3f}{span(ci95)}"
         + sign(ci95, "that of users is steeper", "that of hours per user is steeper"))}}
-    start = [math.sqrt(table[x].min() * table[x].max() / 2) for x in joint.x[:2]] + [table[x].max() for x in joint.x[2:]]
+
+    def ratio(log_value, log_ci95, text):
+        ci95 = log_ci95 and [math.exp(end) for end in log_ci95]
+        said = sign(log_ci95, "hours per user are worth more", "users are worth more")
+        return {"value": math.exp(log_value), "ci95": ci95,
+                "text": text.format(f"{math.exp(log_value):.4f}{span(ci95, '{:.4f}')}") + said}
+
+    start = [math.sqrt(table[x].min() * table[x].max() / 2) for x in joint.x[:2]]
+    start += [table[x].max() for x in joint.x[2:]]
     twice = lambda i: [value * (1 + (i == j)) for j, value in enumerate(start)]
-    value, ci95 = estimate(joint, lambda units: np.log(loss_at(units, twice(0)) / loss_at(units, twice(1))))
-
-    def ratio(value, ci95, text):
-        ci95 = None if ci95 is None else [math.exp(end) for end in ci95]
-        said = sign(ci95 and np.log(ci95), "hours per user are worth more", "users are worth more")
-        return {"value": math.exp(value), "ci95": ci95, "text": text.format(f"{math.exp(value):.4f}{span(ci95, '{:.4f}')}") + said}
-
-    verdicts["equal_hours_loss_ratio"] = ratio(value, ci95, (
-        f"by the law, twice the {start[0]:.0f} users has {{}} times the loss of twice their {start[1]:.2g} hours"))
+    verdicts["equal_hours_loss_ratio"] = ratio(
+        *estimate(joint, lambda units: np.log(loss_at(units, twice(0)) / loss_at(units, twice(1)))),
+        f"from {start[0]:.0f} users x {start[1]:.2g} h, twice the users has {{}} times the loss of twice the hours")
     U, H, P = (table[name] for name in ("users", "hours", "params_encoder"))
     same = (np.abs(np.log(H[None] / H[:, None])) < .1) & (P[None] == P[:, None])
     few, many = np.nonzero(same & (U[None] > 1.4 * U[:, None]))
-    if len(few) > 4:
+    if len(few) > 4 and ci95:
         per_doubling = np.log(table[joint.y][many] / table[joint.y][few]) / np.log2(U[many] / U[few])
         weights, widen = resample(table, joint.x, 1000, np.random.default_rng(0))
-        pairs = weights[:, few] * weights[:, many]
-        pairs = pairs[pairs.any(1)]
-        ci95 = interval(per_doubling.mean(), pairs @ per_doubling / pairs.sum(1), widen)
-        verdicts["equal_hours_pairs"] = ratio(per_doubling.mean(), ci95, (
-            f"without a law, in {len(few)} pairs of runs with the same hours in all, twice the users has {{}} times the loss"))
+        weights = weights[:, few] * weights[:, many]
+        drawn = (weights @ per_doubling)[weights.any(1)] / weights.sum(1)[weights.any(1)]
+        verdicts["equal_hours_pairs"] = ratio(per_doubling.mean(), interval(per_doubling.mean(), drawn, widen), (
+            f"without a law, in {len(few)} pairs of runs of equal hours, twice the users has {{}} times the loss"))
     return verdicts
 
 
 def capacity(joint, by_hours, table):
-    """Which capacity fits a data volume: P ~ hours^g by the law of hours, the grid's own best, and a table by the joint law."""
+    """Which capacity fits a data volume: hours^g by the law of hours, the grid's own best, a table by the joint law."""
     value, ci95 = estimate(by_hours, lambda units: units["alpha"][:, 0] / units["alpha"][:, 1], log=True)
     minima, plans = [], []
     for users, cap in sorted(set(zip(table["users"], table["cap"]))):
@@ -498,19 +509,18 @@ def capacity(joint, by_hours, table):
         sizes = np.unique(cells["params_encoder"])
         best = sizes[np.argmin([cells[joint.y][cells["params_encoder"] == P].mean() for P in sizes])]
         plan = {"users": int(users), **{name: float(cells[name].mean()) for name in ("hours_per_user", "hours")}}
-        edge = "largest" if best == sizes[-1] else "smallest" if best == sizes[0] else "between"
-        minima.append({**plan, "params_encoder": int(best), "edge": edge})
+        minima.append({**plan, "params_encoder": int(best), "edge": "largest" if best == sizes[-1] else
+                       "smallest" if best == sizes[0] else "between"})
         x = [plan[name] for name in joint.x[:-1]]
         for way in ("balanced", "within_1_percent"):
             plan[way], plan[f"{way}_ci95"] = estimate(joint, lambda units: capacities(units, x, way), log=True)
         plans.append(plan)
-    between = [m for m in minima if m["edge"] == "between"]
-    own = f"of {len(minima)} data volumes, {sum(m['edge'] == 'largest' for m in minima)} do best with the grid's largest model, or beyond"
-    if len({m["hours"] for m in between}) > 2:
-        slope = np.polyfit(*np.log([[m["hours"], m["params_encoder"]] for m in between]).T, 1)[0]
-        own += f"; over the {len(between)} that do best with one between it goes as hours^{slope:.2f}"
-    return {"value": value, "ci95": ci95, "grid_minima": minima, "table": plans, "text": (
-        f"capacity that fits goes as hours^g, g = {value:.2f}{span(ci95)} by the law; {own}")}
+    log = np.log([[m["hours"], m["params_encoder"]] for m in minima if m["edge"] == "between"]).reshape(-1, 2)
+    text = (f"the capacity that fits goes as hours^g, g = {value:.2f}{span(ci95)}; of {len(minima)} data volumes "
+            f"{sum(m['edge'] == 'largest' for m in minima)} do best with the grid's largest model, so there or beyond")
+    if len(np.unique(log[:, 0])) > 2:
+        text += f"; over {len(log)} that do best with one between, it goes as hours^{np.polyfit(*log.T, 1)[0]:.2f}"
+    return {"value": value, "ci95": ci95, "grid_minima": minima, "table": plans, "text": text}
 
 
 def follows(table, score, y, bootstrap, seed):
@@ -518,76 +528,91 @@ def follows(table, score, y, bootstrap, seed):
     def rank(v):                                                 # ties share their mean rank
         _, where, count = np.unique(v, return_inverse=True, return_counts=True)
         return (np.cumsum(count) - count / 2)[where]
-    pair = np.stack([table[y], table[score]])[:, np.isfinite(table[score])]
+
     rho = lambda pair: float(np.corrcoef(*map(rank, pair))[0, 1]) if np.ptp(pair, axis=1).min() > 0 else 0.
+    pair = np.stack([table[y], table[score]])[:, np.isfinite(table[score])]
     rng, n = np.random.default_rng(seed), pair.shape[1]
     ci95 = interval(0., [rho(pair[:, rng.integers(n, size=n)]) for _ in range(bootstrap)]) if bootstrap else None
-    text = f"{score.removesuffix('_macro_f1')}: macro-F1 against {y} in {n} runs, rank correlation {rho(pair):+.2f}{span(ci95, '{:+.2f}')}"
-    return {"value": rho(pair), "ci95": ci95, "n": n, "text": text + sign(ci95, "it gets worse as the loss falls", "it follows the loss")}
+    return {"value": rho(pair), "ci95": ci95, "n": n, "text": (
+        f"{score.removesuffix('_macro_f1')}: macro-F1 against {y} in {n} runs, rank correlation {rho(pair):+.2f}"
+        + span(ci95, "{:+.2f}") + sign(ci95, "it rises with the loss", "it rises as the loss falls"))}
 
 
 def recommend(path, users, hours_per_user):
-    """Print what the law in `path` says about a plan: capacity, expected loss, where to record the next hour, how sure it is."""
+    """Print what the law in `path` says about a plan: capacity, expected loss, where to record the next hour."""
     try:
         first = json.loads(Path(path).read_text())["laws"][0]
         names, ranges = first["x"], [first["range"][name] for name in first["x"]]
-        known = Fit(*[None] * 10)._replace(widen=first["widen"], **{part: values and {
-            name: np.array(value, float) for name, value in values.items()} for part, values in (("draws", first["draws"]), (
-                "units", {"E": [first["E"]], "log_A": np.log([first["A"]]), "alpha": [first["alpha"]]}))})
+        arrays = lambda laws: laws and {name: np.array(values, float) for name, values in laws.items()}
+        units = arrays({"E": [first["E"]], "log_A": np.log([first["A"]]), "alpha": [first["alpha"]]})
+        known = Fit(*[None] * 9, units, arrays(first["draws"]), first["widen"])
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise Refused(f"{path} is no laws.json of this program ({type(error).__name__}: {error})") from None
-    plan = {name: value for name, value in (("users", users), ("hours_per_user", hours_per_user)) if name in names}
-    lacking = [f"--{name.replace('_', '-')}" for name, value in plan.items() if not (value and 0 < value < math.inf)]
+    plan = {name: given for name, given in (("users", users), ("hours_per_user", hours_per_user)) if name in names}
+    lacking = [f"--{name.replace('_', '-')}" for name, given in plan.items() if not (given and 0 < given < math.inf)]
     if lacking or not plan or set(names) - set(FACTORS):
-        raise Refused(f"{path} holds a law of {', '.join(names)}, and --recommend is for laws of users or hours per user"
-                      + f"; it needs a positive {' and '.join(lacking)}" * bool(lacking))
+        raise Refused(f"{path} holds a law of {', '.join(names)}; --recommend is for laws of users or hours per user"
+                      + f", and needs a positive {' and '.join(lacking)} for this one" * bool(lacking))
     x = list(plan.values())
 
     def show(label, quantity, form):
         value, ci95 = estimate(known, quantity, log=True)
-        print(f"  {label:38s}{form.format(value)}{span(ci95, form)}")
+        print(f"  {label:36s}{form.format(value)}{span(ci95, form)}")
 
-    print(f"{' x '.join(f'{value:g} {name}' for name, value in plan.items())}, by the law '{first['name']}' [95 % interval]")
+    print(f"{' x '.join(f'{v:g} {name}' for name, v in plan.items())}, by the law '{first['name']}' [95 % interval]")
     if names[-1] == "params_encoder":
         show("parameters, balanced with the data", lambda units: capacities(units, x, "balanced"), "{:,.0f}")
         show("parameters, within 1 % of the best", lambda units: capacities(units, x, "within_1_percent"), "{:,.0f}")
-        best = capacities(known.units, x, "within_1_percent")[0]
+        best = capacities(units, x, "within_1_percent")[0]
         x.append(float(np.clip(best, *ranges[-1])))
-        print(f"  {'train':38s}{x[-1]:,.0f} encoder parameters{', the most that was run: more may pay' * bool(best > x[-1])}")
+        print(f"  {'train':36s}{x[-1]:,.0f}" + ", the most that was run: more may pay" * bool(best > x[-1]))
     show("expected loss", lambda units: loss_at(units, x), "{:.4f}")
-    print(f"  {'95 % of single runs within':38s}{first['scatter']:.1%} of it")
-    if len(plan) == 2:
-        gain = lambda units: units["alpha"] * terms_at(units, x)                 # for 1 % more of each: the same hours in all
-        show("an hour of a new user gains", lambda units: gain(units)[:, 0] / gain(units)[:, 1], "{:.2f}")
-        print(f"  {'':38s}times what an hour more of the others gains: record {'new users' if np.diff(gain(known.units)[0])[0] < 0 else 'longer'}")
+    print(f"  {'95 % of single runs within':36s}{first['scatter']:.1%} of it")
+    if len(plan) == 2:                                           # 1 % more of either are the same hours in all
+        gain = lambda units: units["alpha"] * terms_at(units, x)
+        show("an hour of new users gains", lambda units: gain(units)[:, 0] / gain(units)[:, 1], "{:.2f}")
+        better = "new users" if np.diff(gain(units)[0])[0] < 0 else "the same users for longer"
+        print(f"  {'':36s}times what an hour more of the same users gains: record {better}")
     for name, value, (low, high) in zip(names, x, ranges):
         if not low / 2 <= value <= 2 * high:
-            print(f"  ! {name} = {value:g} lies beyond twice the fitted range, {low:g} to {high:g}: a guess")
+            print(f"  ! {name} {value:g} lies beyond twice the fitted range, {low:g} to {high:g}: a guess")
 
 
 # ---------------------------------------------------------------- what is read
 def numbers(rows, name):
-    """Column `name` of rows [(where, {column: value})], positive and finite; Refused with the place of the first that isn't."""
+    """Column `name` of rows [(where, {column: value})], positive and finite; Refused with the place if it isn't."""
     for where, row in rows:
         try:
             if not 0 < float(row[name]) < math.inf:
-                raise Refused(f"{where}: '{name}' is {row[name]}; power laws need positive, finite numbers: remove or mend that row")
+                raise Refused(f"{where}: '{name}' is {row[name]}, and a power law needs positive, finite numbers")
         except (TypeError, ValueError):
-            raise Refused(f"{where}: '{name}' is '{row[name]}', not a number: remove or mend that row") from None
+            raise Refused(f"{where}: '{name}' is '{row[name]}', not a number: mend that row") from None
     return np.array([float(row[name]) for _, row in rows])
 
 
+def group_by(table, seeds, users=()):
+    """Give `table` the groups to resample: whole seeds from three up. Two make but three different tables: then a grid's
+    draws of `users` (seed x users, among those of one count), else rows, which leave out of the intervals what the runs
+    of a seed share; as they do where there is one seed."""
+    if len(set(seeds)) > 2:
+        table["group"] = np.array(seeds)
+    elif len(set(seeds)) == 2 and len(users):
+        table.update(group=np.array([f"{seed} {count}" for seed, count in zip(seeds, users)]), stratum=np.array(users))
+
+
 def read_table(path, names):
-    """Columns `names` of a CSV file, and `seed` if it has one: {column: (n,)}."""
+    """Columns `names` of a CSV file, grouped by its column `seed` if it has one: {column: (n,)}."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            lines = [(f"{path}, line {i}", [cell.strip() for cell in row]) for i, row in enumerate(csv.reader(file), 1) if any(row)]
+            lines = [(f"{path}, line {i}", [cell.strip() for cell in row])
+                     for i, row in enumerate(csv.reader(file), 1) if any(row)]
     except (UnicodeDecodeError, csv.Error):
         raise Refused(f"{path} is not a CSV text file") from None
     header = lines[0][1] if lines else []
     for name in names:
         if header.count(name) != 1:
-            raise Refused(f"{path} has {header.count(name)} columns '{name}'; its columns: {', '.join(header)[:200] or 'none'}")
+            has = ", ".join(header)[:200] or "nothing"
+            raise Refused(f"{path} has {header.count(name)} columns '{name}', and must have one; it has {has}")
     for where, row in lines[1:]:
         if len(row) != len(header):
             raise Refused(f"{where}: {len(row)} fields under a header of {len(header)}")
@@ -598,15 +623,9 @@ def read_table(path, names):
     return table
 
 
-def group_by(table, seeds, draws=None):
-    """Give `table` the groups to resample: whole seeds from three up, else the `draws` of a grid (its users x seed: two seeds
-    make only three different tables), else rows, which leave what the runs of a seed share out of the intervals."""
-    if len(set(seeds)) > 2 or (draws and len(set(seeds)) > 1):
-        table["group"] = np.array(seeds if len(set(seeds)) > 2 else draws)
-
-
-SAME = "data fingerprint sensors patch mask_ratio masking target positions batch optimizer precision decoder_width decoder_depth".split()
-SAME_BY_MODEL = ("steps", "lr")                                  # these may follow the model's size, and nothing else
+SAME = ("data fingerprint sensors patch mask_ratio masking target positions batch optimizer weight_decay precision "
+        "decoder_width decoder_depth steps lr").split()
+BY_MODEL = ("steps", "lr")                                       # these may follow the model's size, and nothing else
 
 
 def collect(folder, partial=False, mixed=False):
@@ -616,8 +635,8 @@ def collect(folder, partial=False, mixed=False):
     if missing and partial:
         print(f"{len(missing)} of {len(cells)} cells are not done and left out: {', '.join(missing)}")
     elif missing:
-        raise Refused(f"{len(missing)} of {len(cells)} cells in {folder} are not done ({', '.join(missing[:6])}{', ...' * (len(missing) > 6)}): "
-                      "finish the sweep, or fit what is there with --partial")
+        raise Refused(f"{len(missing)} of {len(cells)} cells in {folder} are not done ({', '.join(missing[:6])}"
+                      f"{', ...' * (len(missing) > 6)}): finish the sweep, or fit what is there with --partial")
     rows = []
     for cell in (cell for cell in cells if cell.name not in missing):
         row = {"name": cell.name}
@@ -626,27 +645,31 @@ def collect(folder, partial=False, mixed=False):
                 read = dict(json.loads(path.read_text()))
             except (ValueError, TypeError):
                 raise Refused(f"{path} is not readable: delete it and run that cell again") from None
-            row.update(read if path.name == "result.json" else {
-                f"{path.stem.removesuffix('-probe')}_{key}": read.get(key) for key in ("macro_f1", "accuracy", "macro_f1_sd")})
+            if path.name != "result.json":
+                data = path.name.removesuffix("-probe.json")
+                read = {f"{data}_{key}": read.get(key) for key in ("macro_f1", "accuracy", "macro_f1_sd")}
+            row.update(read)
         for key in ("loss", "hours", *FACTORS):
             if key not in row:
                 raise Refused(f"{cell}/result.json has no '{key}': it is no result of pretrain.py")
         rows.append({key: value for key, value in row.items() if not isinstance(value, (dict, list))})
     if not rows:
         raise Refused(f"{folder} holds no finished cell: run sweep.sh first")
-    for key in SAME + ([] if mixed else list(SAME_BY_MODEL)):
+    for key in [] if mixed else SAME:
         found = {}
         for row in rows:
-            model = f"{row.get('width')}x{row.get('depth')}x{row.get('heads')}" if key in SAME_BY_MODEL else "cells"
+            model = f"{row.get('width')}x{row.get('depth')}x{row.get('heads')}" if key in BY_MODEL else "cells"
             found.setdefault(model, {}).setdefault(str(row.get(key)), row["name"])
         for model, values in found.items():
-            if len(values) > 1 and not mixed:
-                raise Refused(f"{folder} mixes configurations: {model} with {key} " + " and ".join(f"{value[:12]} ({name})" for value, name in list(
-                    values.items())[:3]) + "; give each its own folder, or fit them as one with --mixed")
+            if len(values) > 1:
+                several = " and ".join(f"{value[:12]} ({name})" for value, name in [*values.items()][:3])
+                raise Refused(f"{folder} mixes configurations, {model} with {key} {several}: give each its own "
+                              "folder, or fit them as one with --mixed")
     return sorted(rows, key=lambda row: [row[name] for name in FACTORS] + [str(row.get("seed"))])
 
 
-FIRST = "name data users hours_cap hours_per_user hours windows width depth heads params_encoder params seed loss loss_last baseline_loss".split()
+FIRST = ("name data users hours_cap hours_per_user hours windows width depth heads params_encoder params seed loss "
+         "loss_last baseline_loss").split()
 
 
 def write_csv(path, rows):
@@ -660,69 +683,77 @@ def write_csv(path, rows):
 
 
 def study(rows, y, floor, bootstrap, column, seed):
-    """A grid's laws, verdicts and figures: the joint law of what varies, that of hours in all, and of hours at each capacity."""
-    placed = [(row["name"], row) for row in rows]
-    table = {name: numbers(placed, name) for name in (y, "hours", *FACTORS)}
+    """A grid's laws and verdicts: the joint law of what varies, that of hours in all, that of hours at each capacity.
+
+    Returns laws and verdicts as `analyse` does, the table, and what the figures need beside."""
+    places = [(row["name"], row) for row in rows]
+    table = {name: numbers(places, name) for name in (y, "hours", *FACTORS)}
     table["cap"] = np.array([math.inf if row.get("hours_cap") is None else row["hours_cap"] for row in rows])
     if all("seed" in row for row in rows):
-        group_by(table, [str(row["seed"]) for row in rows], [f"{row['seed']} {row['users']}" for row in rows])
-    set_to = {x: len(np.unique(table["cap" if x == "hours_per_user" else x])) for x in FACTORS}
-    varied = tuple(x for x in FACTORS if set_to[x] > 2)
-    for x in set(FACTORS) - set(varied):
-        print(f"{x} is left out of the law: {set_to[x]} value(s) of it in the grid, and 3 are the least that show an exponent")
+        group_by(table, [str(row["seed"]) for row in rows], table["users"])
+    settings = {x: len(np.unique(table["cap" if x == "hours_per_user" else x])) for x in FACTORS}
+    varied = tuple(x for x in FACTORS if settings[x] > 2)
+    for x in FACTORS:
+        if x not in varied:
+            print(f"{x} is left out of the law: the grid has {settings[x]} value(s) of it, and 3 show an exponent")
     if not varied:
-        raise Refused("this grid varies neither users, nor hours per user, nor parameters over 3 values or more: there is no law to fit")
+        raise Refused("this grid has 3 values of neither users, nor hours per user, nor parameters: no law fits")
     laws, verdicts = analyse(table, varied, y, floor, bootstrap, column, seed)
-    held = [found for x in varied if (found := hold_out(table, varied, y, laws[0][1].form, x))]
-    laws[0] = (*laws[0][:2], laws[0][2] or (held[0] if held else None))
     joint, by_hours, by_size = laws[0][1], None, {}
-    of_hours = ("hours", "params_encoder") if "params_encoder" in varied else ("hours",)
-    if "users" in varied or "hours_per_user" in varied:
+    held = [found for x in varied if (found := hold_out(table, varied, y, joint.form, x))]
+    laws[0] = (*laws[0][:2], laws[0][2] or (held[0] if held else None))
+    if set(varied) & {"users", "hours_per_user"}:
+        of_hours = ("hours", *(x for x in varied if x == "params_encoder"))
         more, told = analyse(table, of_hours, y, floor, bootstrap, None, seed, judged=("hours",))
         laws, verdicts, by_hours = laws + more, {**verdicts, **told}, more[0][1]
         for P in np.unique(table["params_encoder"]):
-            at_size = take(table, table["params_encoder"] == P)
+            cells = take(table, table["params_encoder"] == P)
             try:
-                by_size[P] = fit(at_size, ("hours",), y, None, bootstrap, seed)
-                laws.append((f"{y} by hours at {P:.0f} parameters", by_size[P], hold_out(at_size, ("hours",), y, None, "hours")))
+                by_size[P] = fit(cells, ("hours",), y, None, bootstrap, seed)
+                found = hold_out(cells, ("hours",), y, None, "hours")
+                laws.append((f"{y} by hours at {P:.0f} parameters", by_size[P], found))
             except Refused:                                      # too few cells of this size
                 by_size[P] = None
     if {"users", "hours_per_user"} <= set(varied):
         verdicts.update(users_or_hours(joint, table))
-    if len(varied) > 1 and "params_encoder" in varied:
+    if by_hours and varied[-1] == "params_encoder":
         verdicts["capacity"] = capacity(joint, by_hours, table)
     for score in sorted({key for row in rows for key in row if key.endswith("_macro_f1")}):
         table[score] = np.array([math.nan if row.get(score) is None else row[score] for row in rows])
         if np.isfinite(table[score]).sum() > 4:
             verdicts[f"downstream_{score.removesuffix('_macro_f1')}"] = follows(table, score, y, bootstrap, seed)
-    return laws, verdicts, draw_grid(table, joint, by_hours, by_size, held, verdicts), table
+    return laws, verdicts, table, (joint, by_hours, by_size, held)
 
 
 # ---------------------------------------------------------------- figures
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]           # Okabe and Ito: safe for all eyes
-TITLES = {"users": "users", "hours_per_user": "hours per user", "hours": "hours in all", "params_encoder": "encoder parameters"}
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]   # Okabe and Ito: for all eyes
+TITLES = {"hours_per_user": "hours per user", "hours": "hours in all", "params_encoder": "encoder parameters"}
 
 
 def panels(columns=1, height=4.6):
     import matplotlib                                            # here, so that --help and refusals don't wait for it
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    plt.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 10})
-    figure, axes = plt.subplots(1, columns, figsize=(8 if columns == 1 else 4.5 * columns, height), squeeze=False, layout="constrained")
-    return figure, axes[0]
+    plt.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+                         "legend.fontsize": 10, "axes.titlesize": 11})
+    width = 8 if columns == 1 else 4.5 * columns
+    figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained")
+    return figure, np.atleast_1d(axes)
 
 
 def log_ticks(axis):
-    """A log axis with ticks a reader knows: 1, 2, 5 in each decade, or round steps where there is less than one; 20k, 3M."""
+    """A log axis with ticks a reader knows: 1, 2, 5 in each decade, or round steps within less than one; 20k, 3M."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     low, high = axis.get_view_interval()
-    decades = math.log10(high / low)
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3.5 else (1,), numticks=15) if decades > .8 else
-                           FixedLocator(MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high)))
+    steps = LogLocator(subs=(1, 2, 5) if high < 3000 * low else (1,), numticks=15)
+    if high < 6 * low:
+        steps = FixedLocator(MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high))
+    axis.set_major_locator(steps)
     axis.set_minor_locator(NullLocator())
-    unit = lambda v: next(((v / size, name) for size, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")) if v >= 10 * size or v >= size > 1e3), (v, ""))
-    axis.set_major_formatter(FuncFormatter(lambda v, _: "{:.4g}{}".format(*unit(v))))
+    units = ((1e12, 1e12, "T"), (1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k"), (0, 1, ""))
+    short = lambda v: next(f"{v / size:.4g}{unit}" for least, size, unit in units if v >= least)
+    axis.set_major_formatter(FuncFormatter(lambda v, _: short(v)))
     axis.set_view_interval(low, high, ignore=True)
 
 
@@ -733,39 +764,41 @@ def finish(axes, x, y, log="xy"):
 
 
 def scatter(fitted):
-    """95 % of runs lie within this factor (its log) of the law; more than in the table, whose runs the law was bent to."""
+    """95 % of runs lie so far from the law in log loss; a bit more than in the table, as the law was bent to those."""
     n, P = len(fitted.residuals), fitted.theta.size
     return float(np.percentile(np.abs(fitted.residuals), 95) * math.sqrt(n / max(n - P, 1)))
 
 
+def prediction_band(fitted, x):
+    """Between which losses 95 % of new runs at x (k, m) fall, (2, m): the law's interval and the scatter of runs."""
+    centre = law(fitted, x)
+    around = [estimate(fitted, lambda units: loss_at(units, point), log=True)[1] for point in np.transpose(x)]
+    return centre * np.exp(np.hypot(np.log(around).T - np.log(centre), scatter(fitted)) * [[-1], [1]])
+
+
 def draw_law(axes, fitted, x, at, colour, label=None, band=True, style="-"):
-    """A power law at x (k, m) over `at` (m,), and where 95 % of new runs would fall: its interval and the runs' scatter."""
-    centre, sides = law(fitted, x), np.zeros((2, 1))
-    axes.plot(at, centre, style, color=colour, lw=1.8, label=label)
-    if fitted.draws and band:
-        sides = np.array([np.log(interval(value, loss_at(fitted.draws, point), fitted.widen, log=True)) for value, point in zip(centre, np.transpose(x))]).T
-        sides = np.hypot(sides - np.log(centre), scatter(fitted)) * [[-1], [1]]
-        axes.fill_between(at, *(centre * np.exp(sides)), color=colour, alpha=.15, lw=0)
+    axes.plot(at, law(fitted, x), style, color=colour, lw=1.8, label=label)
+    if band and fitted.draws:
+        axes.fill_between(at, *prediction_band(fitted, x), color=colour, alpha=.13, lw=0)
 
 
-def draw_along(axes, fitted, factor, others, table, colour, label=None, band=True, beyond=4):
-    """The law along one factor over its range in the table, dashed on to `beyond` times that; {name: value} of the others stay."""
+def draw_along(axes, fitted, factor, others, table, colour, band=True, beyond=4):
+    """The law along one factor, over its range in the table and dashed beyond; {name: value} of the others stay."""
     low, high = table[factor].min(), table[factor].max()
     for at, style in ((np.geomspace(low, high, 40), "-"), (np.geomspace(high, high * beyond, 20), "--")):
         x = [at if name == factor else np.full(len(at), others[name]) for name in fitted.x]
-        draw_law(axes, fitted, x, at, colour, label if style == "-" else None, band, style)
+        draw_law(axes, fitted, x, at, colour, band=band, style=style)
 
 
 def draw_cells(axes, table, x, y, alike, colour, size=6):
-    """A point for the runs of one value of `alike`, their mean, with a bar from the lowest to the highest seed."""
+    """The runs of each value of `alike` as one point, their mean, with a bar from the lowest to the highest seed."""
     for value in np.unique(table[alike]):
-        mine = table[alike] == value
-        at, found = table[x][mine].mean(), table[y][mine]
-        axes.plot([at, at], [found.min(), found.max()], "-", color=colour, lw=1)
-        axes.plot(at, found.mean(), "o", color=colour, ms=size, mec="white", mew=.5)
+        at, found = (table[name][table[alike] == value] for name in (x, y))
+        axes.plot([at.mean()] * 2, [found.min(), found.max()], "-", color=colour, lw=1)
+        axes.plot(at.mean(), found.mean(), "o", color=colour, ms=size, mec="white", mew=.5)
 
 
-def draw_residuals(fitted, table):
+def figure_residuals(fitted, table):
     figure, axes = panels(len(fitted.x), 3.8)
     for ax, name in zip(axes, fitted.x):
         ax.axhline(0, color="black", lw=1)
@@ -774,11 +807,12 @@ def draw_residuals(fitted, table):
     return figure
 
 
-def draw_held_out(found, y):
+def figure_held_out(found, y):
     figure, (ax,) = panels()
     for held, colour, marker in zip(found, COLOURS, "os^Dv"):
-        ax.plot(held["truth"], held["predicted"], marker, ms=6, color=colour, mec="white", mew=.5, label=(
-            f"largest {TITLES.get(held['column'], held['column'])}, {held['n']} runs: median error {held['median_relative_error']:.1%}"))
+        label = f"largest {TITLES.get(held['column'], held['column'])}, {held['n']} runs: median error "
+        ax.plot(held["truth"], held["predicted"], marker, ms=6, color=colour, mec="white", mew=.5,
+                label=label + f"{held['median_relative_error']:.1%}")
     ends = [min(ax.get_xlim()[0], ax.get_ylim()[0]), max(ax.get_xlim()[1], ax.get_ylim()[1])]
     ax.plot(ends, ends, "-", color="black", lw=1)
     ax.legend(loc="upper left")
@@ -786,139 +820,168 @@ def draw_held_out(found, y):
     return figure
 
 
-def draw_table(table, fitted, held):
-    """For each factor, the law and the rows moved along it to the medians of the others; residuals; what was held out."""
+def figure_fit(fitted, table):
+    """The law along each factor, the others at their medians, and the rows moved there along the law."""
     middle = {name: float(np.median(table[name])) for name in fitted.x}
     figure, axes = panels(len(fitted.x))
     for ax, name in zip(axes, fitted.x):
-        here = law(fitted, [table[other] if other == name else np.full(len(fitted.residuals), middle[other]) for other in fitted.x])
-        ax.plot(table[name], here * np.exp(fitted.residuals), "o", ms=4, color=COLOURS[0], alpha=.6, mew=0)
+        there = law(fitted, [table[x] if x == name else np.full(len(fitted.residuals), middle[x]) for x in fitted.x])
+        ax.plot(table[name], there * np.exp(fitted.residuals), "o", ms=4, color=COLOURS[0], alpha=.6, mew=0)
         draw_along(ax, fitted, name, middle, table, COLOURS[1])
-        finish(ax, name, fitted.y + (", other factors at their medians" if len(axes) > 1 and ax is axes[0] else ""))
-    figures = {"fit": figure, "residuals": draw_residuals(fitted, table)}
-    return {**figures, "held_out": draw_held_out([held], fitted.y)} if held else figures
+        finish(ax, name, fitted.y + ", other factors at their medians" * bool(len(axes) > 1 and ax is axes[0]))
+    return figure
 
 
-def draw_grid(table, joint, by_hours, by_size, held, verdicts):
-    """The study's figures, {name: figure}, as far as the grid varies what they show."""
-    y, figures = joint.y, {"residuals": draw_residuals(joint, table)}
-    sizes, largest = np.unique(table["params_encoder"]), table["params_encoder"].max()
+def figure_hours(by_size, table, y):
+    figure, (ax,) = panels()
+    for colour, (P, fitted) in zip(cycle(COLOURS), by_size.items()):
+        for users in np.unique(table["users"]):
+            cells = take(table, (table["params_encoder"] == P) & (table["users"] == users))
+            draw_cells(ax, cells, "hours", y, "cap", colour, size=2 + 1.5 * math.log2(1 + users))
+        if fitted:
+            draw_along(ax, fitted, "hours", {}, table, colour)
+        ax.plot([], [], "o-", color=colour, label=f"{P:,.0f} encoder parameters")
+    ax.legend(title="larger points: more users", title_fontsize=10)
+    finish(ax, "hours", y)
+    return figure
+
+
+def figure_parameters(joint, table, volumes):
+    figure, (ax,) = panels()
+    from matplotlib import cm, colors
+    shade = cm.ScalarMappable(colors.LogNorm(table["hours"].min() / 1.01, table["hours"].max() * 1.3), "viridis")
+    for i, cells in enumerate(volumes):
+        others, colour = {name: cells[name].mean() for name in FACTORS}, shade.to_rgba(cells["hours"].mean())
+        draw_cells(ax, cells, "params_encoder", joint.y, "params_encoder", colour)
+        draw_along(ax, joint, "params_encoder", others, table, colour, band=i in (0, len(volumes) - 1))
+    log_ticks(figure.colorbar(shade, ax=ax, label=TITLES["hours"]).ax.yaxis)
+    finish(ax, "params_encoder", joint.y)
+    return figure
+
+
+def figure_users_or_hours(joint, table):
+    """Left: lines of equal loss and of equal hours over users and hours per user; right: the loss along the latter."""
+    figure, (left, right) = panels(2)
+    largest = table["params_encoder"].max()
+    users, hours = (np.geomspace(table[name].min() / 1.5, table[name].max() * 1.5, 50) for name in FACTORS[:2])
+    with_size = lambda u, h: [u, h] + [np.full(len(u), largest)] * (len(joint.x) - 2)
+    surface = law(joint, with_size(np.tile(users, 50), np.repeat(hours, 50))).reshape(50, 50)
+    left.clabel(left.contour(users, hours, surface, levels=8, cmap="viridis_r"), fontsize=9, fmt="%.3g")
+    left.plot(table["users"], table["hours_per_user"], "o", ms=4, color="black")
+    for total, colour in zip(np.geomspace(table["hours"].min(), table["hours"].max(), 5)[1:-1], COLOURS):
+        left.plot(users, total / users, ":", color=colour, lw=2)
+        ways = users[(total / users > hours[0]) & (total / users < hours[-1])]
+        draw_law(right, joint, with_size(ways, total / ways), ways, colour, f"{total:.2g} hours in all")
+        near = (table["params_encoder"] == largest) & (np.abs(np.log(table["hours"] / total)) < .35)
+        right.plot(table["users"][near], table[joint.y][near], "o", color=colour, ms=5, mec="white", mew=.5)
+    left.set(xlim=users[[0, -1]], ylim=hours[[0, -1]], title="lines of equal loss; dotted: of equal hours")
+    right.legend()
+    finish(left, "users", "hours_per_user")
+    finish(right, "users", f"{joint.y} at equal hours, {largest:,.0f} parameters")
+    return figure
+
+
+def figure_capacity(by_hours, table, minima):
+    figure, (ax,) = panels()
+    (low, high), sizes = ((table[name].min(), table[name].max()) for name in ("hours", "params_encoder"))
+    for way, label, colour in (("balanced", "law: 1 % more parameters gain what 1 % more data gain", COLOURS[0]),
+                               ("within_1_percent", "law: no larger model gains more than 1 %", COLOURS[2])):
+        for at, style in ((np.geomspace(low, high, 40), "-"), (np.geomspace(high, 4 * high, 20), "--")):
+            found = [estimate(by_hours, lambda units: capacities(units, [h], way), log=True) for h in at]
+            ax.plot(at, [P for P, _ in found], style, color=colour, lw=1.8, label=label if style == "-" else None)
+            if by_hours.draws:
+                ax.fill_between(at, *np.transpose([ci95 for _, ci95 in found]), color=colour, alpha=.13, lw=0)
+    for edge, marker, label in (("largest", "^", "grid's best: its largest, so here or above"), (
+            "between", "o", "grid's best"), ("smallest", "v", "grid's best: its smallest, so here or below")):
+        found = [(m["hours"], m["params_encoder"]) for m in minima if m["edge"] == edge]
+        if found:
+            ax.plot(*np.transpose(found), marker, ms=8, color=COLOURS[1], mec="white", label=label)
+    ax.set_ylim(sizes[0] / 10, sizes[1] * 300)
+    ax.legend(loc="upper left")
+    finish(ax, "hours", "params_encoder")
+    return figure
+
+
+def figure_downstream(table, y, verdicts):
+    figure, axes = panels(len(verdicts), 4)
+    for ax, (name, verdict), colour in zip(axes, verdicts.items(), cycle(COLOURS)):
+        ax.plot(table[y], table[f"{name}_macro_f1"], "o", ms=5, color=colour, mec="white", mew=.5)
+        ax.set_title(f"{name}: rank correlation\n{verdict['value']:+.2f}{span(verdict['ci95'], '{:+.2f}')}")
+        finish(ax, f"{y} of pre-training", "macro-F1 of a linear probe" if ax is axes[0] else "", log="x")
+    return figure
+
+
+def study_figures(table, verdicts, joint, by_hours, by_size, held):
+    """{name: figure}, as far as the grid varies what they show."""
+    figures = {"residuals": figure_residuals(joint, table)}
     if held:
-        figures["held_out"] = draw_held_out(held, y)
+        figures["held_out"] = figure_held_out(held, joint.y)
     if by_size:
-        figures["loss_vs_hours"], (ax,) = panels()
-        for colour, (P, fitted) in zip(cycle(COLOURS), by_size.items()):
-            for users in np.unique(table["users"]):
-                cells = take(table, (table["params_encoder"] == P) & (table["users"] == users))
-                draw_cells(ax, cells, "hours", y, "cap", colour, size=2 + 1.5 * math.log2(1 + users))
-            if fitted:
-                draw_along(ax, fitted, "hours", {}, table, colour)
-            ax.plot([], [], "o-", color=colour, label=f"{P:,.0f} encoder parameters")
-        ax.legend(title="larger points: more users", title_fontsize=10)
-        finish(ax, "hours", y)
+        figures["loss_vs_hours"] = figure_hours(by_size, table, joint.y)
     if "params_encoder" in joint.x:
-        figures["loss_vs_params"], (ax,) = panels()
-        import matplotlib
-        shade = matplotlib.cm.ScalarMappable(matplotlib.colors.LogNorm(table["hours"].min() / 1.01, table["hours"].max() * 1.3), "viridis")
-        volumes = [take(table, (table["users"] == users) & (table["cap"] == cap)) for users, cap in sorted(set(zip(table["users"], table["cap"])))]
-        for cells in volumes:
-            draw_cells(ax, cells, "params_encoder", y, "params_encoder", shade.to_rgba(cells["hours"].mean()))
-            draw_along(ax, joint, "params_encoder", {name: cells[name].mean() for name in FACTORS}, table, shade.to_rgba(cells["hours"].mean()),
-                       band=cells is volumes[0] or cells is volumes[-1])
-        figures["loss_vs_params"].colorbar(shade, ax=ax, label=TITLES["hours"])
-        log_ticks(figures["loss_vs_params"].axes[-1].yaxis)
-        finish(ax, "params_encoder", y)
+        volumes = sorted(set(zip(table["users"], table["cap"])))
+        figures["loss_vs_params"] = figure_parameters(joint, table, [
+            take(table, (table["users"] == users) & (table["cap"] == cap)) for users, cap in volumes])
     if {"users", "hours_per_user"} <= set(joint.x):
-        figures["users_vs_hours"], (left, right) = panels(2)
-        users, hours = (np.geomspace(table[name].min() / 1.5, table[name].max() * 1.5, 50) for name in FACTORS[:2])
-        with_size = lambda u, h: [u, h] + [np.full(len(u), largest)] * (len(joint.x) - 2)
-        surface = law(joint, with_size(np.tile(users, 50), np.repeat(hours, 50))).reshape(50, 50)
-        left.clabel(left.contour(users, hours, surface, levels=8, cmap="viridis_r"), fontsize=9, fmt="%.3g")
-        left.plot(table["users"], table["hours_per_user"], "o", ms=4, color="black")
-        for total, colour in zip(np.geomspace(table["hours"].min(), table["hours"].max(), 5)[1:-1], COLOURS):
-            left.plot(users, total / users, ":", color=colour, lw=2)
-            ways = users[(total / users > hours[0]) & (total / users < hours[-1])]
-            draw_law(right, joint, with_size(ways, total / ways), ways, colour, f"{total:.2g} hours in all")
-            near = (table["params_encoder"] == largest) & (np.abs(np.log(table["hours"] / total)) < .35)
-            right.plot(table["users"][near], table[y][near], "o", color=colour, ms=5, mec="white", mew=.5)
-        left.set(xlim=users[[0, -1]], ylim=hours[[0, -1]], title="equal loss; dotted: equal hours")
-        right.set_title(f"equal hours, {largest:,.0f} parameters")
-        finish(left, "users", "hours_per_user")
-        finish(right, "users", y)
-        right.legend()
+        figures["users_vs_hours"] = figure_users_or_hours(joint, table)
     if "capacity" in verdicts:
-        figures["capacity"], (ax,) = panels()
-        low, high = table["hours"].min(), table["hours"].max()
-        for way, label, colour in (("balanced", "law: 1 % more parameters gain what 1 % more data gain", COLOURS[0]),
-                                   ("within_1_percent", "law: a larger model gains less than 1 %", COLOURS[2])):
-            for at, style in ((np.geomspace(low, high, 40), "-"), (np.geomspace(high, 4 * high, 20), "--")):
-                found = [estimate(by_hours, lambda units: capacities(units, [h], way), log=True) for h in at]
-                ax.plot(at, [value for value, _ in found], style, color=colour, lw=1.8, label=label if style == "-" else None)
-                if by_hours.draws:
-                    ax.fill_between(at, *np.transpose([ci95 for _, ci95 in found]), color=colour, alpha=.15, lw=0)
-        for edge, marker, label in (("largest", "^", "the grid's best: its largest, so here or above"), ("between", "o", "the grid's best, between others"),
-                                    ("smallest", "v", "the grid's best: its smallest, so here or below")):
-            found = [(m["hours"], m["params_encoder"]) for m in verdicts["capacity"]["grid_minima"] if m["edge"] == edge]
-            if found:
-                ax.plot(*np.transpose(found), marker, ms=8, color=COLOURS[1], mec="white", label=label)
-        ax.axhspan(sizes[0], largest, color="black", alpha=.05, lw=0)
-        ax.set_ylim(sizes[0] / 10, largest * 300)
-        ax.legend(loc="upper left")
-        finish(ax, "hours", "params_encoder")
-    downstream = [name.removeprefix("downstream_") for name in verdicts if name.startswith("downstream_")]
-    if downstream:
-        figures["downstream"], axes = panels(len(downstream), 4)
-        for ax, name, colour in zip(axes, downstream, cycle(COLOURS)):
-            ax.plot(table[y], table[f"{name}_macro_f1"], "o", ms=5, color=colour, mec="white", mew=.5)
-            verdict = verdicts[f"downstream_{name}"]
-            ax.set_title(f"{name}\nrank correlation {verdict['value']:+.2f}{span(verdict['ci95'], '{:+.2f}')}", fontsize=11)
-            finish(ax, f"{y} of pre-training", "macro-F1 of a linear probe" if ax is axes[0] else "", log="x")
+        figures["capacity"] = figure_capacity(by_hours, table, verdicts["capacity"]["grid_minima"])
+    scores = {name.removeprefix("downstream_"): one for name, one in verdicts.items() if name.startswith("downstream_")}
+    if scores:
+        figures["downstream"] = figure_downstream(table, joint.y, scores)
     return figures
 
 
 # ---------------------------------------------------------------- what is written and printed
+FORMULAS = {"power law": "A {0}^-alpha", "exponential": "A exp(-{0}/x0)", "logarithm": "A (log x0 - log {0})",
+            "broken power law": "A {0}^-alpha (1 + {0}/x0)^(alpha - beta)"}
+
+
 def entry(name, fitted, held, table):
-    """A law as it stands in laws.json; null is what a form doesn't have, or what wasn't asked for."""
-    k, draws = range(len(fitted.x)), fitted.draws
-    each = lambda quantity, **scale: [estimate(fitted, lambda units: quantity(units)[:, i], **scale) for i in k]
-    E, A, alpha = estimate(fitted, lambda u: u["E"], low=0, high=math.exp(fitted.scale.low)), each(
-        lambda u: np.exp(np.clip(u["log_A"], -700, 700)), log=True), each(lambda u: u["alpha"], low=0)
-    terms = {"power law": "A {0}^-alpha", "exponential": "A exp(-{0}/x0)", "logarithm": "A (log x0 - log {0})",
-             "broken power law": "A {0}^-alpha (1 + {0}/x0)^(alpha - beta)"}
+    """A law as it stands in laws.json; null is what its form doesn't have, or what wasn't asked for."""
+    one = lambda i, quantity, scale: estimate(fitted, lambda u: quantity(u)[:, i], **scale)
+    each = lambda quantity, **scale: zip(*[one(i, quantity, scale) for i in range(len(fitted.x))])
+    (E, E_ci95), (A, A_ci95), (alpha, alpha_ci95) = (
+        estimate(fitted, lambda u: u["E"], low=0, high=math.exp(fitted.scale.low)),
+        each(lambda u: np.exp(np.clip(u["log_A"], -700, 700)), log=True), each(lambda u: u["alpha"], low=0))
     number = lambda v: float(v) if math.isfinite(v) else None
+    own = [part for part in ("beta", "x0") if np.isfinite(fitted.units[part]).any()]
+    errors = np.abs(np.expm1(-fitted.residuals))
+    terms = [FORMULAS[shape].format(x) for shape, x in zip(fitted.form.shapes, fitted.x)]
     return {
-        "name": name, "x": list(fitted.x), "y": fitted.y,
-        "form": " + ".join(["E"] * fitted.form.floor + [terms[shape].format(x) for shape, x in zip(fitted.form.shapes, fitted.x)]),
-        "E": E[0], "A": [value for value, _ in A], "alpha": [number(value) for value, _ in alpha],
-        **{part: [number(v) for v in fitted.units[part][0]] for part in ("beta", "x0") if np.isfinite(fitted.units[part]).any()},
-        "ci95": {"E": E[1], "A": [ci95 for _, ci95 in A], "alpha": [ci95 for _, ci95 in alpha]} if draws else None,
-        "objective": float(fitted.objective), "n": len(fitted.residuals), "aicc": number(fitted.aicc),
-        "in_sample": {"median_relative_error": float(np.median(np.abs(np.expm1(-fitted.residuals)))),
-                      "worst_relative_error": float(np.abs(np.expm1(-fitted.residuals)).max())},
+        "name": name, "x": list(fitted.x), "y": fitted.y, "form": " + ".join(["E"] * fitted.form.floor + terms),
+        "E": E, "A": A, "alpha": [number(v) for v in alpha],
+        **{part: [number(v) for v in fitted.units[part][0]] for part in own},
+        "ci95": fitted.draws and {"E": E_ci95, "A": A_ci95, "alpha": alpha_ci95},
+        "objective": float(fitted.objective), "n": len(errors), "aicc": number(fitted.aicc),
+        "in_sample": {"median_relative_error": float(np.median(errors)), "worst_relative_error": float(errors.max())},
         "holdout": held and {key: value for key, value in held.items() if key not in ("truth", "predicted")},
         "scatter": scatter(fitted), "range": {x: [float(table[x].min()), float(table[x].max())] for x in fitted.x},
-        "warnings": fitted.warnings, "widen": fitted.widen,
-        "resampled": f"{len(set(table['group']))} groups" if "group" in table else "rows",
-        "draws": draws and {part: np.clip(draws[part][:200], -700, 700).round(9).tolist() for part in ("E", "log_A", "alpha")}}
+        "resampled": f"{len(set(table['group']))} groups" if "group" in table else "rows", "warnings": fitted.warnings}
 
 
 def report(entries, verdicts):
     """The screen: the law and its intervals, how well it predicts, its rivals, the verdicts, the doubts."""
     first = entries[0]
     print(f"\n{first['y']} = {first['form']}   ({first['n']} rows, objective {first['objective']:.9g})")
-    rows = [("E", first["E"], "E", None)] + [(f"{part} of {x}", first[part][i], part, i) for i, x in enumerate(first["x"]) for part in ("A", "alpha")]
-    for label, value, part, i in rows:
-        ci95 = first["ci95"] and (first["ci95"][part] if i is None else first["ci95"][part][i])
-        print(f"  {label:26s}{value:<14.6g}{'95 %' * bool(ci95)}{span(ci95, '{:.5g}')}")
+    ci95 = first["ci95"] or {"E": None, "A": [None] * 4, "alpha": [None] * 4}
+    lines = [("E", first["E"], ci95["E"])]
+    for i, x in enumerate(first["x"]):
+        lines += [(f"{part} of {x}", first[part][i], ci95[part][i]) for part in ("A", "alpha")]
+    for label, value, around in lines:
+        print(f"  {label:26s}{value:<14.6g}{span(around, '{:.5g}')}")
     for label, errors in (("in sample", first["in_sample"]), ("held out", first["holdout"])):
         if errors:
-            what = f", largest {errors['column']}, {errors['n']} rows" if "column" in errors else ""
-            print(f"  {label}{what}: median error {errors['median_relative_error']:.2%}, worst {errors['worst_relative_error']:.2%}")
+            label += f", largest {errors['column']}, {errors['n']} rows" if "column" in errors else ""
+            print(f"  {label}: median error {errors['median_relative_error']:.2%}, "
+                  f"worst {errors['worst_relative_error']:.2%}")
     print(f"\n  {'laws and their rivals':58s}{'rows':>5s}{'AICc':>10s}  held out")
     for e in entries:
-        held = f"{e['holdout']['median_relative_error']:8.2%} largest {e['holdout']['column']}" if e["holdout"] else "       -"
+        held = "{median_relative_error:8.2%} largest {column}".format(**e["holdout"]) if e["holdout"] else "       -"
         print(f"  {e['name']:58s}{e['n']:5d}{'-' if e['aicc'] is None else format(e['aicc'], '.1f'):>10s}  {held}")
-    print("", *(f"- {verdict['text']}" for verdict in verdicts.values()), *(f"! warning: {said}" for said in first["warnings"]), sep="\n")
+    print()
+    for line in [f"- {verdict['text']}" for verdict in verdicts.values()] + [f"! {said}" for said in first["warnings"]]:
+        print(line)
 
 
 def main():
@@ -926,31 +989,37 @@ def main():
     p.add_argument("target", help="a CSV table, a grid's folder of runs, or (with --recommend) a laws.json")
     p.add_argument("--out", help="folder for laws.json, the figures and, of a grid, results.csv")
     g = p.add_argument_group("the law")
-    g.add_argument("--x", nargs="+", metavar="COLUMN", help="one to four factors of a table; a grid's are users, hours_per_user, params_encoder")
+    g.add_argument("--x", nargs="+", metavar="COLUMN", help="one to four factors of a table (a grid has its own)")
     g.add_argument("--y", default="loss", metavar="COLUMN", help="what is to be explained (default: loss)")
-    g.add_argument("--no-floor", action="store_true", help="fix E at 0: a law that promises any loss, however low, to who scales far enough")
+    g.add_argument("--no-floor", action="store_true", help="fix E at 0: a law by which any loss can be reached")
     g = p.add_argument_group("how far to trust it")
-    g.add_argument("--bootstrap", type=int, default=1000, metavar="B", help="resampled tables behind the 95 %% intervals; 0: none (default: 1000)")
-    g.add_argument("--holdout", metavar="COLUMN", help="predict the rows largest in this column from the others (default of a grid: its first factor)")
-    g.add_argument("--seed", type=int, default=0, help="of the resampling: another one moves the intervals' ends a little (default: 0)")
+    g.add_argument("--bootstrap", type=int, default=1000, metavar="B",
+                   help="resampled tables behind the 95 %% intervals; 0: no intervals, and done sooner (default: 1000)")
+    g.add_argument("--holdout", metavar="COLUMN",
+                   help="predict the rows largest in this column from the others (default: a grid's first factor)")
+    g.add_argument("--seed", type=int, default=0, help="of the resampling: moves the intervals a little (default: 0)")
     g = p.add_argument_group("a grid that isn't whole")
-    g.add_argument("--partial", action="store_true", help="fit the finished cells and leave out the others, instead of refusing")
-    g.add_argument("--mixed", action="store_true", help="fit cells as one that differ in more than the factors, instead of refusing")
+    g.add_argument("--partial", action="store_true", help="fit the cells that are done instead of refusing")
+    g.add_argument("--mixed", action="store_true", help="fit cells of several configurations as one")
     g = p.add_argument_group("advice")
-    g.add_argument("--recommend", action="store_true", help="say what the law expects of a plan, and which capacity fits it")
+    g.add_argument("--recommend", action="store_true", help="say what a law expects of a plan, and what fits it")
     g.add_argument("--users", type=float, metavar="N", help="users in the plan")
     g.add_argument("--hours-per-user", type=float, metavar="H", help="hours recorded of each")
     a = p.parse_args()
     if a.recommend:
         return recommend(a.target, a.users, a.hours_per_user)
-    if not a.out or a.bootstrap < 0:
-        raise Refused("--out is missing: name a folder for laws.json and the figures" if not a.out else f"--bootstrap {a.bootstrap} must be 0 or more")
-    if Path(a.target).is_dir():
+    if not a.out:
+        raise Refused("--out is missing: name a folder for laws.json and the figures")
+    if a.bootstrap < 0:
+        raise Refused(f"--bootstrap {a.bootstrap} must be 0 or more")
+    out, of_a_grid = Path(a.out), Path(a.target).is_dir()
+    if of_a_grid:
         if a.x:
-            raise Refused(f"{a.target} is a folder of runs, whose factors are fixed: leave --x out, or name its results.csv")
+            raise Refused(f"{a.target} is a folder of runs, whose factors are fixed: leave --x out, or name a CSV file")
         rows = collect(a.target, a.partial, a.mixed)
-        laws, verdicts, figures, table = study(rows, a.y, not a.no_floor, a.bootstrap, a.holdout, a.seed)
-        write_csv(Path(a.out) / "results.csv", rows)
+        laws, verdicts, table, parts = study(rows, a.y, not a.no_floor, a.bootstrap, a.holdout, a.seed)
+        write_csv(out / "results.csv", rows)
+        figures = study_figures(table, verdicts, *parts)
     else:
         if not Path(a.target).is_file():
             raise Refused(f"{a.target} does not exist: name a CSV table or a folder of runs")
@@ -958,16 +1027,22 @@ def main():
             raise Refused("--x must name one to four columns, each once, and none that is --y")
         table = read_table(a.target, dict.fromkeys([*a.x, a.y, *([a.holdout] if a.holdout else [])]))
         laws, verdicts = analyse(table, tuple(a.x), a.y, not a.no_floor, a.bootstrap, a.holdout, a.seed)
-        figures = draw_table(table, *laws[0][1:])
+        figures = {"fit": figure_fit(laws[0][1], table), "residuals": figure_residuals(laws[0][1], table)}
+        if a.holdout:
+            figures["held_out"] = figure_held_out([laws[0][2]], a.y)
     entries = [entry(*one, table) for one in laws]
+    fitted = laws[0][1]                                          # 200 of its draws are kept, for --recommend
+    entries[0].update(widen=fitted.widen, draws=fitted.draws and {
+        part: np.clip(fitted.draws[part][:200], -700, 700).round(9).tolist() for part in ("E", "log_A", "alpha")})
     for name, figure in figures.items():
-        with replacing(Path(a.out) / f"{name}.png") as temporary:
+        with replacing(out / f"{name}.png") as temporary:
             figure.savefig(temporary, dpi=150)
     text = json.dumps({"laws": entries, "verdicts": verdicts, "provenance": provenance()}, indent=1, allow_nan=False)
-    with replacing(Path(a.out) / "laws.json") as temporary:      # lists of numbers on one line each
-        temporary.write_text(re.sub(r'\[[\[\]\d\s.,enul+-]*\]', lambda numbers: " ".join(numbers[0].split()), text) + "\n")
+    with replacing(out / "laws.json") as temporary:              # a list of numbers stands on one line
+        text = re.sub(r"\[[\[\]\d\s.,enul+-]*\]", lambda numbers: " ".join(numbers[0].split()), text)
+        temporary.write_text(text + "\n")
     report(entries, verdicts)
-    print(f"\n{a.out}: laws.json, {'results.csv, ' * Path(a.target).is_dir()}{', '.join(f'{name}.png' for name in figures)}")
+    print(f"\n{out}: laws.json, {'results.csv, ' * of_a_grid}{', '.join(f'{name}.png' for name in figures)}")
 
 
 if __name__ == "__main__":

@@ -53,8 +53,6 @@ every MODELS "WIDTHxDEPTHxHEADS" "${number}x${number}x$number" "${models[@]}"
 every SEEDS "a number" '[0-9]+' "${seeds[@]}"
 every "STEPS, JOBS or THREADS" "a number above 0" "$number" "$STEPS" "$JOBS" $THREADS
 every "DATA or PROBES" "the name of a data set" '[A-Za-z0-9_.+-]+' "$DATA" $PROBES
-THREADS=${THREADS:-$((cores > JOBS ? cores / JOBS : 1))}
-export OMP_NUM_THREADS=$THREADS OMP_WAIT_POLICY=passive
 
 grid=()
 for s in "${seeds[@]}"; do for u in "${users[@]}"; do for h in "${hours[@]}"; do for m in "${models[@]}"; do
@@ -64,8 +62,10 @@ cells=("${grid[@]}")                              # those to work on here
 if [ -n "$SLURM_ARRAY_TASK_ID" ]; then
     [ "$SLURM_ARRAY_TASK_ID" -ge 1 ] && [ "$SLURM_ARRAY_TASK_ID" -le ${#grid[@]} ] ||
         refuse "task $SLURM_ARRAY_TASK_ID of the job array has no cell: the grid has ${#grid[@]}, so sbatch --array=1-${#grid[@]}"
-    cells=("${grid[SLURM_ARRAY_TASK_ID - 1]}")
+    cells=("${grid[SLURM_ARRAY_TASK_ID - 1]}") JOBS=1
 fi
+probes=($PROBES) THREADS=${THREADS:-$((cores > JOBS ? cores / JOBS : 1))}
+export OMP_NUM_THREADS=$THREADS OMP_WAIT_POLICY=passive
 
 # ---------------------------------------------------------------- their commands, and what state they are in
 fingerprints() {                                  # of the data, then of each probe's: in `prints`
@@ -129,6 +129,7 @@ progress() {                                      # the whole grid in a line
 }
 
 # ---------------------------------------------------------------- working on them
+stop= child= requeue= workers=()                  # the exit status that a signal asks for; who is to be told of it
 run() {                                           # words -> their exit status; a signal to this shell goes on to them
     local status
     "$@" & child=$!
@@ -140,6 +141,7 @@ run() {                                           # words -> their exit status; 
 }
 step() {                                          # file: run `words` if that wasn't done, and note `key` when it is
     has_run "$1" && return
+    [ "$1" != "$dir/result.json" ] || rm -f "$dir/commands"                   # probes of other weights don't count any more
     echo "$(date '+%F %T') \$ ${words[*]}" >> "$dir/log.txt" && run "${words[@]}" >> "$dir/log.txt" 2>&1 && echo "$key" >> "$dir/commands"
 }
 attempt() {                                       # cell; file 9 is its lock -> 75 if another process has it
@@ -179,21 +181,7 @@ work() {                                          # one of the JOBS: whatever ce
 }
 
 # ---------------------------------------------------------------- the sweep
-probes=($PROBES)
-fingerprints
-if [ "${1-}" = --list ]; then
-    survey | while read -r state left cell; do
-        pretraining "$cell"; line="${words[*]}"
-        for i in "${!probes[@]}"; do probing "$i"; line="$line; ${words[*]}"; done
-        printf '%-7s %6s s left  %-24s %s\n' "${state/-/ }" "$left" "$cell" "$line"
-    done
-    progress >&2
-    exit
-fi
-
 leave() { stop=$1; kill -TERM $child "${workers[@]}" 2>/dev/null; }          # children save and end, then so does this
-trap 'leave 130' INT; trap 'leave 143' TERM; trap 'leave 129' HUP
-trap 'requeue=1; leave 143' USR1                  # Slurm, a minute before the time limit; from scancel comes TERM
 stopped() {                                       # the end, if there was a signal
     [ -n "$stop" ] || return
     echo "sweep.sh: stopped; what ran has saved, and the same command goes on" >&2
@@ -201,29 +189,45 @@ stopped() {                                       # the end, if there was a sign
     exit "$stop"
 }
 unfinished() { for cell in "$@"; do finished "$cell" || echo "$cell"; done; }
+list() {
+    local state left cell line i
+    survey | while read -r state left cell; do
+        pretraining "$cell"; line="${words[*]}"
+        for i in "${!probes[@]}"; do probing "$i"; line="$line; ${words[*]}"; done
+        printf '%-7s %6s s left  %-24s %s\n' "${state/-/ }" "$left" "$cell" "$line"
+    done
+    progress >&2
+}
+main() {                                          # a function is read to its end first: editing this file disturbs no sweep
+    local set cell j w open fitted
+    trap 'leave 130' INT; trap 'requeue=; leave 143' TERM; trap 'leave 129' HUP
+    trap 'requeue=1; leave 143' USR1              # from Slurm, a minute or two before the time limit; scancel sends TERM
+    "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("torch"))' ||
+        refuse "'$PYTHON' has no PyTorch: pip install -r requirements.txt, or set PYTHON to one that has"
+    for set in ${DATA//+/ } ${PROBES//+/ }; do
+        [ -f "data/$set/meta.json" ] || run "$PYTHON" "$code/data.py" "$set" || { stopped; refuse "the data set '$set' isn't there"; }
+    done
+    stopped
+    fingerprints
+    mkdir -p "$OUT" || refuse "$OUT can't be made"
+    for cell in "${cells[@]}"; do rm -f "$OUT/$cell/failed"; done
+    echo "$(date +%T) $(progress) $OUT, $JOBS at a time, $THREADS threads each"
 
-"$PYTHON" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("torch"))' ||
-    refuse "'$PYTHON' has no PyTorch: pip install -r requirements.txt, or set PYTHON to one that has"
-for set in ${DATA//+/ } ${PROBES//+/ }; do
-    [ -f "data/$set/meta.json" ] || run "$PYTHON" "$code/data.py" "$set" || { stopped; refuse "the data set '$set' isn't there"; }
-done
-stopped
+    for ((j = 0; j < JOBS && j < ${#cells[@]}; j++)); do work & workers+=($!); done
+    exec 8> >(trap '' INT TERM HUP; read -r _ || kill -TERM "${workers[@]}" 2>/dev/null)   # if this is killed (-9), end them
+    for w in "${workers[@]}"; do
+        while kill -0 "$w" 2>/dev/null; do wait "$w"; done
+    done
+    echo over >&8; exec 8>&-; workers=()
+    stopped
+
+    open=$(unfinished "${cells[@]}")
+    [ -z "$open" ] || { echo "sweep.sh: not done: "$open"; $OUT/CELL/log.txt says why, and the same command tries again" >&2; exit 1; }
+    [ -z "$(unfinished "${grid[@]}")" ] || exit 0 # other tasks of the job array are still to come
+    run "$PYTHON" "$code/fit_laws.py" "$OUT" --out "$RESULTS"; fitted=$?
+    stopped
+    [ $fitted = 0 ] || [ $fitted = 2 ]            # 2: the grid is too small to carry a law; its table is written
+}
 fingerprints
-mkdir -p "$OUT" || refuse "$OUT can't be made"
-for cell in "${cells[@]}"; do rm -f "$OUT/$cell/failed"; done
-echo "$(date +%T) $(progress) $OUT, $JOBS at a time, $THREADS threads each"
-
-for ((j = 0; j < JOBS && j < ${#cells[@]}; j++)); do work & workers+=($!); done
-exec 8> >(trap '' INT TERM HUP; read -r _ || kill -TERM "${workers[@]}" 2>/dev/null)    # if this is killed (-9), end them
-for w in "${workers[@]}"; do
-    while kill -0 "$w" 2>/dev/null; do wait "$w"; done
-done
-echo over >&8; exec 8>&-; workers=()
-stopped
-
-open=$(unfinished "${cells[@]}")
-[ -z "$open" ] || { echo "sweep.sh: not done: "$open"; $OUT/CELL/log.txt says why, and the same command tries again" >&2; exit 1; }
-[ -z "$(unfinished "${grid[@]}")" ] || exit 0     # other tasks of the job array are still to come
-run "$PYTHON" "$code/fit_laws.py" "$OUT" --out "$RESULTS"; fitted=$?
-stopped
-[ $fitted = 0 ] || [ $fitted = 2 ]                # 2: the grid is too small to carry a law; its table is written
+if [ "${1-}" = --list ]; then list; else main; fi
+exit

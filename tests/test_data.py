@@ -1,9 +1,9 @@
 """
-From recordings to windows: every format in exactly its published layout, written here from one known movement, has to come
-out as that movement, 20 times a second, in g and rad/s. Then what must never happen: windows across a gap, sensors shifted
-against each other, users on both sides, half-written sets, archives that harm.
+From recordings to windows: every format in exactly its published layout, written here from one known movement, has to
+come out as that movement, 20 times a second, in g and rad/s. Then what must never happen: windows across a gap, sensors
+shifted against each other, users on both sides, half-written sets, archives that harm.
 """
-import csv, gzip, http.server, io, json, os, subprocess, sys, threading, zipfile
+import gzip, http.server, io, os, subprocess, sys, threading, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ def clock(seconds, rate, start=0.0):
 
 
 def text(table, separator=" ", end="\n"):
-    return "".join(separator.join(f"{value:.7g}" if isinstance(value, float) else str(value) for value in row) + end
+    return "".join(separator.join(f"{value:.15g}" if isinstance(value, float) else str(value) for value in row) + end
                    for row in (table.tolist() if isinstance(table, np.ndarray) else table))
 
 
@@ -66,8 +66,9 @@ def ucihar(raw):
 def wisdm(raw):
     """Gyroscope 0.37 s late and at 25 Hz; user 1601 lacks activity B in one file; user 1602 has one sensor only."""
     members = {"wisdm-dataset/activity_key.txt": "walking = A\n"}
+    sensors = ("accel", 0.0, 20, slice(0, 3), GRAVITY), ("gyro", 0.37, 25, slice(3, 6), 1)
     for device in ("phone", "watch"):
-        for sensor, late, rate, columns, unit in (("accel", 0.0, 20, slice(0, 3), GRAVITY), ("gyro", 0.37, 25, slice(3, 6), 1)):
+        for sensor, late, rate, columns, unit in sensors:
             for user in (1600, 1601, 1602)[:3 if sensor == "accel" else 2]:
                 lines = ""
                 for i, letter in enumerate("AB" if (user, sensor) != (1601, "gyro") else "A"):
@@ -84,13 +85,13 @@ def extrasensory(raw, users=(ONE, TWO), minutes=3):
     for user in users:
         unit = 1 if user == ONE else GRAVITY
         rows = [[1444079161 + 60 * i, 0.5, *(1 if c == i else 0 for c in range(5)), "nan"] for i in range(minutes)]
-        header = ["timestamp", "raw_acc:magnitude_stats:mean", *(f"label:{c}" for c in data.SOURCES["extrasensory"].classes)]
+        header = ["timestamp", "raw_acc:mean", *(f"label:{c}" for c in data.SOURCES["extrasensory"].classes)]
         labels[f"{user}.features_labels.csv.gz"] = gzip.compress((",".join(header) + "\n" + text(rows, ",")).encode())
         for i in range(minutes + 5):
             minute, start = 1444079161 + 60 * i, 5000.0 + 60 * i
             ta, tg = clock(20.5, 36, start), clock(20.5, 40, start + 0.011)
             a, g = np.c_[ta, movement(ta)[:, :3] * unit], np.c_[tg, movement(tg)[:, 3:]]
-            if i == 1:                                           # the clock repeats, runs back for a while, goes wild once
+            if i == 1:                                           # the clock repeats, runs back, goes wild once
                 a[100, 0] = a[99, 0]
                 g[200:206, 0] -= 1.0
                 g[400, 0] += 1000
@@ -102,18 +103,18 @@ def extrasensory(raw, users=(ONE, TWO), minutes=3):
                 a, g = a[:300], g[:300]                          # too short
             if i == minutes + 4:
                 a = np.delete(a, slice(300, 400), 0)             # a gap in its middle
+            a, g = ("".join("%.6f %.7g %.7g %.7g\n" % tuple(row) for row in rows) for rows in (a, g))
+            acc[f"raw_acc/{user}/{minute}.m_raw_acc.dat"] = a if i != minutes + 1 else "nan\n"
             if i != minutes:
-                gyro[f"proc_gyro/{user}/{minute}.m_proc_gyro.dat"] = "".join("%.6f %.7g %.7g %.7g\n" % tuple(row) for row in g)
-            acc[f"raw_acc/{user}/{minute}.m_raw_acc.dat"] = "nan\n" if i == minutes + 1 else "".join(
-                "%.6f %.7g %.7g %.7g\n" % tuple(row) for row in a)
+                gyro[f"proc_gyro/{user}/{minute}.m_proc_gyro.dat"] = g
     write_zip(raw / "ExtraSensory.raw_measurements.raw_acc.zip", acc)
     write_zip(raw / "ExtraSensory.raw_measurements.proc_gyro.zip", gyro)
     write_zip(raw / "ExtraSensory.per_uuid_features_labels.zip", labels)
 
 
 def motionsense(raw):
-    header = ",attitude.roll,attitude.pitch,attitude.yaw,gravity.x,gravity.y,gravity.z,rotationRate.x,rotationRate.y," \
-             "rotationRate.z,userAcceleration.x,userAcceleration.y,userAcceleration.z\n"
+    header = ",attitude.roll,attitude.pitch,attitude.yaw," + ",".join(
+        f"{what}.{axis}" for what in ("gravity", "rotationRate", "userAcceleration") for axis in "xyz") + "\n"
     x, still = movement(clock(25, 50)), np.tile([0.0, 0.0, 1.0], (1250, 1))
     rows = np.c_[np.arange(1250.0), still, still, x[:, 3:], x[:, :3] - still]
     write_zip(raw / "A_DeviceMotion_data.zip", {"A_DeviceMotion_data/wlk_7/sub_1.csv": header + text(rows, ","),
@@ -122,7 +123,8 @@ def motionsense(raw):
 
 def uschad(raw):
     file = io.BytesIO()
-    scipy.io.savemat(file, {"sensor_readings": movement(clock(25, 100)) * ([1] * 3 + [180 / np.pi] * 3), "activity": "run"})
+    x = movement(clock(25, 100)) * ([1] * 3 + [180 / np.pi] * 3)
+    scipy.io.savemat(file, {"sensor_readings": x, "activity": "run", "age": "27"})
     write_zip(raw / "USC-HAD.zip", {"USC-HAD/Subject1/a6t1.mat": file.getvalue(), "USC-HAD/Readme.txt": "x"})
 
 
@@ -134,16 +136,18 @@ def dsads(raw):
 
 def sisfall(raw):
     x = movement(clock(25, 200)) / ([32 / 2**13] * 3 + [np.deg2rad(4000 / 2**16)] * 3)
-    lines = "".join(",".join(f"{value:4d}" for value in row) + ";\n" for row in np.c_[x, x[:, :3]].round().astype(int).tolist())
-    write_zip(raw / "SisFall_dataset.zip", {"SisFall_dataset/SE06/D01_SE06_R01.txt": lines, "SisFall_dataset/Readme.txt": "x"})
+    rows = np.c_[x, x[:, :3]].round().astype(int).tolist()
+    lines = "".join(",".join(f"{value:4d}" for value in row) + ";\n" for row in rows)
+    write_zip(raw / "SisFall_dataset.zip", {"SisFall_dataset/SE06/D01_SE06_R01.txt": lines + "  17,-179,\n",
+                                            "SisFall_dataset/Readme.txt": "x"})
 
 
 def wedafall(raw):
     members = {}
-    for sensor, start, columns, unit in (("accel", 0.0, slice(0, 3), GRAVITY), ("gyro", 0.12, slice(3, 6), 1)):
+    for sensor, start, columns, unit in ("accel", 0.0, slice(0, 3), GRAVITY), ("gyro", 0.12, slice(3, 6), 1):
         t = clock(25, 50, start) + 0.004 * np.sin(np.arange(1250))          # uneven
         rows = np.c_[t, movement(t)[:, columns] * unit]
-        members[f"WEDA-FALL-main/dataset/50Hz/D01/U03_R01_{sensor}.csv"] = f"{sensor}_time_list,x,y,z\n" + text(rows, ",")
+        members[f"WEDA-FALL-main/dataset/50Hz/D01/U03_R01_{sensor}.csv"] = "time_list,x,y,z\n" + text(rows, ",")
     members["WEDA-FALL-main/dataset/50Hz/D01/U03_R01_vertical_accel.csv"] = "time,x\n"
     write_zip(raw / "WEDA-FALL-main.zip", members)
 
@@ -155,7 +159,7 @@ def hapt(raw):
         "RawData/labels.txt": "1 1 5 1 1250\n2 1 4 1 9\n"})
 
 
-FORMATS = {  # name: (writer, users, windows, the labels there are, s between the fixture's start and the first window's)
+FORMATS = {  # name: (writer, users, windows, labels, s between the fixture's start and its first window's)
     "ucihar": (ucihar, ["1", "2", "3"], 5, {"WALKING", "WALKING_UPSTAIRS", "WALKING_DOWNSTAIRS"}, 0),
     "wisdm_phone": (wisdm, ["1600", "1601"], 6, {"walking", "jogging"}, 0.37),
     "wisdm_watch": (wisdm, ["1600", "1601"], 6, {"walking", "jogging"}, 0.37),
@@ -174,8 +178,11 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+UNITS = {"acc_unit": "g", "gyro_unit": "rad/s"}
+
+
 def prepare(what, raw="raw", name=None, **more):
-    flags = {"extrasensory": {"labels": True}, "folder": {"acc_unit": "g", "gyro_unit": "rad/s"}}.get(what, {})
+    flags = {"extrasensory": {"labels": True}, "folder": UNITS}.get(what, {})
     data.prepare(what, name or what, raw, {**flags, **more.pop("flags", {})}, **more)
     return data.load(name or what)
 
@@ -191,7 +198,7 @@ def test_every_format_comes_out_as_the_movement_that_was_recorded(what):
     starts = [late] if what == "ucihar" else [late, late + 10]
     for i, window in enumerate(prepared.windows.astype(float)):
         errors = [np.abs(window.T - movement(start + np.arange(length) / 20)).mean(0) for start in starts]
-        assert min(error[:3].max() for error in errors) < 0.01 and min(error[3:].max() for error in errors) < 0.05, i
+        assert any(error[:3].max() < 0.01 and error[3:].max() < 0.05 for error in errors), i
     assert prepared.meta["test_users"] == (["2"] if what == "ucihar" else None)
     assert prepared.windows.dtype == np.float16 and prepared.meta["seconds"] == (2.55 if what == "ucihar" else 10)
 
@@ -205,7 +212,7 @@ def npz(path, x=None, rate=50, **more):
 def table(path, t, x, header="t,ax,ay,az,gx,gy,gz", labels=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [[*row, *([] if labels is None else [labels[i]])] for i, row in enumerate(np.c_[t, x].tolist())]
-    path.write_text(header + ("" if labels is None else ",label") + "\n" + "\n".join(",".join(map(str, row)) for row in rows))
+    path.write_text(header + ("" if labels is None else ",label") + "\n" + text(rows, ","))
 
 
 def test_a_folder_of_npz_and_csv_in_any_unit_and_rate():
@@ -227,13 +234,16 @@ def test_no_window_crosses_a_recording_a_gap_or_a_label_change():
     level = np.repeat(np.arange(len(stretches)), [50 * seconds for seconds, _, _ in stretches])
     x = np.zeros((len(level), 6)) + [0, 0, 1, 0, 0, 0]
     x[:, 3] = level / 10
-    npz(Path("own/u.npz"), x, segment=np.array([s[1] for s in stretches])[level], label=np.array([s[2] for s in stretches])[level])
+    segment, label = (np.array([stretch[i] for stretch in stretches])[level] for i in (1, 2))
+    npz(Path("own/u.npz"), x, segment=segment, label=label)
     t = clock(40, 50)
-    keep = (t < 18) | (t > 18.6)                                 # 0.6 s without a sample: 18 s and 21 s are left
-    table(Path("own/v.csv"), t[keep], np.c_[np.zeros((keep.sum(), 2)), np.ones(keep.sum()), np.repeat((t > 18)[keep, None], 3, 1)])
-    windows, users, labels, left_out = data.cut(data.folder("u", ["own/u.npz"], None, {"acc_unit": "g", "gyro_unit": "rad/s"}), 200)
+    t = t[(t < 18) | (t > 18.6)]                                 # 0.6 s without a sample: 18 s and 21 s are left
+    x = np.zeros((len(t), 6)) + [0, 0, 1, 0, 0, 0]
+    x[:, 3] = t > 18
+    table(Path("own/v.csv"), t, x)
+    windows, users, labels, left_out = data.cut(data.folder("u", ["own/u.npz"], None, UNITS), 200)
     assert labels.tolist() == list("aabbbc") and np.ptp(windows, axis=2).max() < 1e-3 and sum(left_out.values()) == 1
-    windows, *_ = data.cut(data.folder("v", ["own/v.csv"], None, {"acc_unit": "g", "gyro_unit": "rad/s"}), 200)
+    windows, *_ = data.cut(data.folder("v", ["own/v.csv"], None, UNITS), 200)
     assert windows[:, 3, 0].tolist() == [0, 1, 1] and np.ptp(windows, axis=2).max() < 1e-3
 
 
@@ -269,27 +279,38 @@ def test_a_clock_set_back_for_good_cuts_the_recording():
         assert min(np.abs(y - movement(start + ticks)).mean(0).max() for start in (0, 15)) < 0.02
 
 
-BAD = {  # what makes a folder unusable: (how, words of the sentence)
+T25, X25 = clock(25, 50), movement(clock(25, 50))
+
+
+def lines(*rows):
+    return lambda own: (own.mkdir(), (own / "u.csv").write_text("\n".join(rows)))
+
+
+def arrays(x=X25, rate=50, **more):
+    return lambda own: npz(own / "u.npz", x, rate, **more)
+
+
+BAD = {  # what makes a folder unusable: (how it is made, words of the sentence)
     "no folder": (lambda own: None, "holds no .npz or .csv"),
     "no recordings": (lambda own: (own.mkdir(), (own / "notes.txt").write_text("x")), "holds no .npz or .csv"),
-    "user twice": (lambda own: (npz(own / "u.npz"), table(own / "u.csv", clock(25, 50), movement(clock(25, 50)))), "as .csv and as .npz"),
-    "wrong columns": (lambda own: table(own / "u.csv", clock(25, 50), movement(clock(25, 50)), "time,a,b,c,d,e,f"), "needs the columns"),
-    "text in a number": (lambda own: (own.mkdir(), (own / "u.csv").write_text("t,ax,ay,az\n0,0,0,1\n0.1,0,oops,1\n")), "oops"),
-    "short row": (lambda own: (own.mkdir(), (own / "u.csv").write_text("t,ax,ay,az\n0,0,0,1\n0.1,0\n")), "can't be read"),
-    "empty file": (lambda own: (own.mkdir(), (own / "u.csv").write_text("")), "needs the columns"),
-    "empty user": (lambda own: (own.mkdir(), (own / "u.csv").write_text("t,ax,ay,az\n")), "too few samples"),
-    "too short": (lambda own: npz(own / "u.npz", movement(clock(9, 50))), "too few samples"),
-    "milliseconds": (lambda own: table(own / "u.csv", 1000 * clock(25, 50), movement(clock(25, 50))), "stamps are 20 s apart"),
-    "missing value": (lambda own: npz(own / "u.npz", np.where(np.arange(1250)[:, None] == 7, np.nan, movement(clock(25, 50)))), "row 8"),
-    "five channels": (lambda own: npz(own / "u.npz", np.ones((999, 5))), r"must be numbers, \(n, 6\)"),
-    "no rate": (lambda own: (own.mkdir(), np.savez(own / "u.npz", signal=np.ones((999, 6)))), "'rate'"),
-    "silly rate": (lambda own: npz(own / "u.npz", np.ones((999, 6)), rate=-5), "'rate' is -5"),
-    "label too short": (lambda own: npz(own / "u.npz", label=np.arange(3)), "as long as 'signal'"),
-    "pickles": (lambda own: (own.mkdir(), np.savez(own / "u.npz", signal=np.array([{}], object), rate=50)), "plain arrays"),
-    "cut off": (lambda own: (npz(own / "u.npz"), (own / "u.npz").write_bytes((own / "u.npz").read_bytes()[:900])), "not a whole .npz"),
-    "m/s^2": (lambda own: npz(own / "u.npz", movement(clock(25, 50)) * ([GRAVITY] * 3 + [1] * 3)), "--acc-unit m/s2"),
-    "deg/s": (lambda own: npz(own / "u.npz", movement(clock(25, 50)) * ([1] * 3 + [57.3] * 3)), "--gyro-unit deg/s"),
-    "one and both sensors": (lambda own: (npz(own / "u.npz"), npz(own / "v.npz", movement(clock(25, 50))[:, :3])), "some have one"),
+    "user twice": (lambda own: (npz(own / "u.npz"), table(own / "u.csv", T25, X25)), "as .csv and as .npz"),
+    "wrong columns": (lines("time,a,b,c", "0,0,0,1"), "needs the columns"),
+    "text in a number": (lines("t,ax,ay,az", "0,0,0,1", "0.1,0,oops,1"), "oops"),
+    "short row": (lines("t,ax,ay,az", "0,0,0,1", "0.1,0"), "can't be read"),
+    "empty file": (lines(""), "needs the columns"),
+    "empty user": (lines("t,ax,ay,az"), "too few samples"),
+    "too short": (arrays(X25[:450]), "too few samples"),
+    "milliseconds": (lambda own: table(own / "u.csv", 1000 * T25, X25), "stamps are 20 s apart"),
+    "missing value": (arrays(np.where(np.arange(1250)[:, None] == 7, np.nan, X25)), "row 8"),
+    "five channels": (arrays(np.ones((999, 5))), r"must be numbers, \(n, 6\)"),
+    "no rate": (lambda own: (own.mkdir(), np.savez(own / "u.npz", signal=X25)), "'rate'"),
+    "silly rate": (arrays(rate=-5), "'rate' is -5"),
+    "label too short": (arrays(label=np.arange(3)), "as long as 'signal'"),
+    "pickles": (arrays(np.array([{}], object)), "plain arrays"),
+    "cut off": (lambda own: (npz(own / "u.npz"), os.truncate(own / "u.npz", 900)), "not a whole .npz"),
+    "m/s^2": (arrays(X25 * ([GRAVITY] * 3 + [1] * 3)), "--acc-unit m/s2"),
+    "deg/s": (arrays(X25 * ([1] * 3 + [57.3] * 3)), "--gyro-unit deg/s"),
+    "one and both sensors": (lambda own: (npz(own / "u.npz"), npz(own / "v.npz", X25[:, :3])), "some have one"),
 }
 
 
@@ -318,15 +339,19 @@ def damaged(raw):
     (raw / "USC-HAD.zip").write_bytes(packed)
 
 
+def holding(members):
+    return lambda raw: write_zip(raw / "USC-HAD.zip", members)
+
+
 HOSTILE = {
-    "upwards": (lambda raw: write_zip(raw / "USC-HAD.zip", {"USC-HAD/../../../etc/Subject1/a1t1.mat": "x"}), "points outside"),
-    "absolute": (lambda raw: write_zip(raw / "USC-HAD.zip", {"/Subject1/a1t1.mat": "x"}), "points outside"),
+    "upwards": (holding({"USC-HAD/../../../etc/Subject1/a1t1.mat": "x"}), "points outside"),
+    "absolute": (holding({"/Subject1/a1t1.mat": "x"}), "points outside"),
     "endless": (bomb, "would inflate to 70 MiB"),
     "truncated": (lambda raw: (uschad(raw), os.truncate(raw / "USC-HAD.zip", 5000)), "not the published archive"),
     "damaged": (damaged, "can't be read"),
     "no zip": (lambda raw: (raw.mkdir(), (raw / "USC-HAD.zip").write_text("<html>")), "not the published archive"),
-    "something else": (lambda raw: write_zip(raw / "USC-HAD.zip", {"holiday.jpg": "x"}), "no file like the published"),
-    "other content": (lambda raw: write_zip(raw / "USC-HAD.zip", {"USC-HAD/Subject1/a1t1.mat": "x" * 999}), "not laid out as published"),
+    "something else": (holding({"holiday.jpg": "x"}), "no file like the published"),
+    "other content": (holding({"USC-HAD/Subject1/a1t1.mat": "x" * 999}), "not laid out as uschad was published"),
 }
 
 
@@ -342,7 +367,8 @@ def test_a_hostile_or_broken_archive_is_refused_and_what_was_prepared_is_untouch
 
 
 @pytest.mark.parametrize("harm, words", [
-    (lambda text: text.replace(",A,", ",N,", 1), "A to S, no N"), (lambda text: text.replace(";\n", "oops;\n", 1), "columns of numbers"),
+    (lambda text: text.replace(",A,", ",N,", 1), "A to S, no N"),
+    (lambda text: text.replace(";\n", "oops;\n", 1), "columns of numbers"),
     (lambda text: text[:-20], "columns of numbers")])
 def test_lines_that_wisdm_does_not_have_are_refused(harm, words):
     lines = "".join(f"1600,A,{i * 50_000_000},0,0,9.8;\n" for i in range(300))
@@ -368,14 +394,14 @@ def test_preparing_twice_is_a_no_op_other_settings_are_refused_and_force_redoes(
         prepare("folder", "own", "mine", limit=2)
 
 
-def test_extrasensory_goes_on_with_the_users_not_yet_done(monkeypatch):
+def test_extrasensory_goes_on_with_the_users_not_yet_done(monkeypatch, tmp_path):
     extrasensory(Path("raw"))
     whole = prepare("extrasensory", name="whole")
     monkeypatch.setattr(data, "gather", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         prepare("extrasensory")
     monkeypatch.undo()
-    os.chdir(whole.windows.filename and Path(whole.windows.filename).parents[2])
+    os.chdir(tmp_path)                                           # undone, too
     left = sorted(Path("data/.extrasensory.partial").glob("part-*"))
     left[1].unlink()                                             # as if killed before the second user was done
     original = data.extrasensory
@@ -416,7 +442,7 @@ class Misbehaving(http.server.BaseHTTPRequestHandler):
         first = not any(path == self.path for path, _ in self.seen)
         self.seen.append((self.path, span))
         start = int(span[6:-1]) if span and kind not in ("no-range", "wrong-size") else 0
-        status = {"html": 200, "gone": 404, "busy": 503 if first else 200, "redirect": 302}.get(kind, 206 if start else 200)
+        status = {"gone": 404, "busy": 503 if first else 200, "redirect": 302}.get(kind, 206 if start else 200)
         self.send_response(status)
         if kind == "redirect":
             self.send_header("Location", "/whole/a.zip")
@@ -451,7 +477,8 @@ def server():
 def test_a_download_arrives_whole_whatever_the_server_does(kind, requests, goes_on, server, tmp_path):
     Misbehaving.seen.clear()
     data.download(f"{server}/{kind}/a.zip", tmp_path / "a.zip", wait=0.01)
-    assert (tmp_path / "a.zip").read_bytes() == Misbehaving.content.getvalue() and not (tmp_path / "a.zip.part").exists()
+    assert (tmp_path / "a.zip").read_bytes() == Misbehaving.content.getvalue()
+    assert not (tmp_path / "a.zip.part").exists()
     assert len(Misbehaving.seen) == requests
     assert (Misbehaving.seen[-1][1] is not None) == goes_on      # asked for the rest only
 
@@ -490,22 +517,24 @@ POPULATION = dict(users=6, hours_per_user=0.1, spread=1.0, seed=0)
 def test_the_simulated_population_is_labelled_seeded_and_of_the_length_asked_for():
     one = prepare("simulated", name="one", flags=POPULATION)
     assert len(one.windows) == 6 * 36 and one.labels.min() >= 0 and np.bincount(one.users).tolist() == [36] * 6
-    assert prepare("simulated", name="two", flags=POPULATION).meta["fingerprint"] == one.meta["fingerprint"]
-    assert prepare("simulated", name="three", flags=POPULATION | {"seed": 1}).meta["fingerprint"] != one.meta["fingerprint"]
+    two, three = (prepare("simulated", name=f"seed{seed}", flags=POPULATION | {"seed": seed}) for seed in (0, 1))
+    assert two.meta["fingerprint"] == one.meta["fingerprint"] != three.meta["fingerprint"]
     norm = np.linalg.norm(one.windows[:, :3].astype(float).mean(2), axis=1)
     assert abs(np.median(norm) - 1) < 0.1                        # gravity
 
 
 def test_spread_is_what_sets_people_apart():
-    people = {spread: [data.person(np.random.default_rng(seed), spread) for seed in range(30)] for spread in (0.0, 0.5, 1.0)}
-    deviation = {spread: np.std([who["strides"] for who in crowd]) for spread, crowd in people.items()}
+    crowd = lambda spread: [data.person(np.random.default_rng(seed), spread) for seed in range(30)]
+    people = {spread: crowd(spread) for spread in (0, 0.5, 1)}
+    deviation = {spread: np.std([who["strides"] for who in them]) for spread, them in people.items()}
     assert deviation[0] < 1e-12 and deviation[0.5] == pytest.approx(deviation[1] / 2) and 0.05 < deviation[1] < 0.13
     assert all(np.array_equal(people[0][0][trait], who[trait]) for who in people[0] for trait in who)
 
 
 # ---------------------------------------------------------------- read back: held-out users, pooling
 def test_held_out_users_never_change_and_training_users_are_nested_and_alternate():
-    meta = {"name": "m", "users": [f"{s}_{i}" for s in "abc" for i in range(12)], "sources": [s for s in "abc" for _ in range(12)]}
+    meta = {"name": "m", "users": [f"{source}_{i}" for source in "abc" for i in range(12)],
+            "sources": [source for source in "abc" for _ in range(12)]}
     choose, measure = data.held_out_users(meta)
     assert len(choose) == len(measure) == 3 and not set(choose) & set(measure)
     for seed in range(3):
@@ -557,13 +586,14 @@ def test_the_command_line_lists_prepares_draws_and_refuses():
 @needs_real
 @pytest.mark.parametrize("source", data.POOL)
 def test_the_pool_rebuilt_from_published_archives_equals_the_one_that_lies_here(source):
+    """But for rounding to float16; WEDA-FALL's stamps come in bursts, which were made even in another way there."""
     prepared = prepare(source, REAL / "raw" / "samples")
     for i, user in enumerate(prepared.meta["users"]):
-        own = data.folder(user, [str(REAL / "pool" / f"{user}.npz")], None, {"acc_unit": "g", "gyro_unit": "rad/s"})
+        own = data.folder(user, [str(REAL / "pool" / f"{user}.npz")], None, UNITS)
         there = data.cut(own, 200)[0].astype(np.float32)
         for window in prepared.windows[prepared.users == i].astype(np.float32):
             same = there[np.abs(there - window).mean((1, 2)).argmin()]
-            moves = np.std(window - window.mean(1, keepdims=True))             # WEDA: stamps in bursts, read otherwise there
+            moves = np.std(window - window.mean(1, keepdims=True))
             assert np.abs(same - window).mean() < (0.1 * moves if source == "wedafall" else 0.003), user
 
 
