@@ -987,8 +987,8 @@ def main():
          "what a longer recording does; 1 a realistic crowd (default: %(default)s)")
     flag("--seed", type=int, default=0, help="another seed, another population (default: %(default)s)")
     flag = parser.add_argument_group("folder").add_argument
-    flag("--acc-unit", choices=("g", "m/s2"), default="g", help="of your acceleration (default: %(default)s)")
-    flag("--gyro-unit", choices=("rad/s", "deg/s"), default="rad/s", help="of its rotation (default: %(default)s)")
+    flag("--acc-unit", choices=("g", "m/s2"), default="g", help="what your files hold (default: %(default)s)")
+    flag("--gyro-unit", choices=("rad/s", "deg/s"), default="rad/s", help="what your files hold (default: %(default)s)")
     flag = parser.add_argument_group("extrasensory").add_argument
     flag("--labels", action="store_true", help="read the labels, too, from a third archive, so that probes can be run "
          "on it (default: without, as for pre-training)")

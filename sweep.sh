@@ -100,7 +100,7 @@ finished() {                                      # cell
     pretraining "$1"; has_run "$dir/result.json" || return
     for i in "${!probes[@]}"; do probing "$i"; has_run "$dir/finetune/${probes[i]}-probe.json" || return; done
 }
-survey() {                                        # a line a cell: state, seconds left, name
+survey() {                                        # a line a cell: state, seconds left, name; and one on all of them
     local cell state took
     for cell in "${grid[@]}"; do
         state=to-do took=0
@@ -108,7 +108,7 @@ survey() {                                        # a line a cell: state, second
         [ ! -s "$OUT/$cell/seconds" ] || read -r took < "$OUT/$cell/seconds"
         echo "$state $took $cell"
     done | "$PYTHON" -c '
-import fcntl, sys
+import collections, fcntl, sys
 def running(cell):
     try: fcntl.flock(open(f"{sys.argv[1]}/{cell}/.sweep"), fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error: return isinstance(error, BlockingIOError)
@@ -117,16 +117,19 @@ def flops(cell):                                  # a window, forward: patch 5, 
     return 3160 * W + D * (480 * W * W + 1600 * W) + 5.67e6
 rows = [line.split() for line in sys.stdin]
 known = [(flops(cell), int(took)) for state, took, cell in rows if state == "done" and int(took) > 0]
+count, total = collections.Counter(), 0
 for state, took, cell in rows:                    # cells of that model took so long; or else, all cells by their FLOPs
+    state = "running" if state == "to-do" and running(cell) else state
     like = [(f, t) for f, t in known if f == flops(cell)] or known
-    left = round(flops(cell) * sum(t for f, t in like) / sum(f for f, t in like)) if like else "?"
-    print("running" if state == "to-do" and running(cell) else state, 0 if state == "done" else left, cell)' "$OUT"
+    left = 0 if state == "done" else flops(cell) * sum(t for f, t in like) / sum(f for f, t in like) if like else None
+    count[state] += 1
+    if state != "failed": total = None if None in (left, total) else total + left / int(sys.argv[2])
+    print(state, "?" if left is None else round(left), cell)
+time = "time left not known" if total is None else f"{int(total) // 60}:{int(total) % 60:02d} left"
+print("[{} of {} done, {} running, {} failed, {}]".format(count["done"], len(rows), count["running"], count["failed"], time))
+' "$OUT" "$JOBS"
 }
-progress() {                                      # the whole grid in a line
-    survey | awk -v jobs="$JOBS" '{ n[$1]++; left += $2 / jobs; if ($2 == "?") left = "?" } END {
-        printf "[%d of %d done, %d running, %d failed, ", n["done"], NR, n["running"], n["failed"]
-        if (left ~ /\?/) print "time left not known]"; else printf "%d:%02d left]\n", left / 60, left % 60 }'
-}
+progress() { survey | tail -n 1; }
 
 # ---------------------------------------------------------------- working on them
 stop= child= requeue= workers=()                  # the exit status that a signal asks for; who is to be told of it
@@ -165,6 +168,7 @@ $(tail -n 5 "$dir/log.txt" | sed 's/^/    /')"; }
 }
 work() {                                          # one of the JOBS: whatever cell is free, until none is left
     local todo=("${cells[@]}") busy cell
+    trap '' INT HUP                               # a terminal sends these to all; what is to be done is said by `main`
     trap 'stop=1; [ -z "$child" ] || kill -TERM $child 2>/dev/null' TERM
     while [ ${#todo[@]} -gt 0 ]; do
         busy=()
@@ -190,13 +194,13 @@ stopped() {                                       # the end, if there was a sign
 }
 unfinished() { for cell in "$@"; do finished "$cell" || echo "$cell"; done; }
 list() {
-    local state left cell line i
-    survey | while read -r state left cell; do
+    local state left cell more line i
+    survey | while read -r state left cell more; do
+        [ -z "$more" ] || { echo "$state $left $cell $more" >&2; break; }
         pretraining "$cell"; line="${words[*]}"
         for i in "${!probes[@]}"; do probing "$i"; line="$line; ${words[*]}"; done
         printf '%-7s %6s s left  %-24s %s\n' "${state/-/ }" "$left" "$cell" "$line"
     done
-    progress >&2
 }
 main() {                                          # a function is read to its end first: editing this file disturbs no sweep
     local set cell j w open fitted

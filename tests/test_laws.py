@@ -17,8 +17,8 @@ from scipy.optimize import differential_evolution
 
 import fit_laws
 from data import Refused
-from fit_laws import (SHAPES, Form, Scale, analyse, capacities, collect, estimate, fit, grid_of_starts, loss_at, objective,
-                      prediction_band, read_table, resample)
+from fit_laws import (SHAPES, Form, Scale, analyse, capacities, collect, estimate, fit, grid_of_starts, loss_at,
+                      objective, prediction_band, read_table, resample)
 
 ROOT = Path(__file__).parent.parent
 CHINCHILLA = ROOT.parent / "shared" / "tables" / "chinchilla.csv"
@@ -38,23 +38,23 @@ def planted(rng, n=120, noise=.005, E=E, A=A, alpha=ALPHA, ranges=((1e7, 1e10), 
     return {**{f"x{i}": column for i, column in enumerate(x)}, "loss": y * np.exp(noise * rng.normal(size=n))}
 
 
-def make_grid(folder, users=(2, 4, 8, 16, 32), caps=(.05, .1, .2), widths=(8, 16, 32), seeds=(0, 1), probe=True, **changed):
+def make_grid(out, users=(2, 4, 8, 16, 32), caps=(.05, .1, .2), widths=(8, 16, 32), seeds=(0, 1), probe=True, **more):
     """Finished cells as pretrain.py and finetune.py leave them, with losses from a known law."""
     rng = np.random.default_rng(0)
     for u, h, w, s in [(u, h, w, s) for u in users for h in caps for w in widths for s in seeds]:
         P = 50 * w ** 2
         loss = (.15 + .2 * u ** -.6 + .01 * h ** -.4 + 3 * P ** -.5) * math.exp(.003 * rng.normal())
-        cell = folder / f"u{u}-h{h}-{w}x2x2-s{s}"
+        cell = out / f"u{u}-h{h}-{w}x2x2-s{s}"
         (cell / "finetune").mkdir(parents=True)
         (cell / "result.json").write_text(json.dumps({
             "loss": loss, "loss_last": loss, "baseline_loss": .6, "users": u, "hours": u * h, "hours_per_user": h,
             "hours_cap": h, "windows": 100, "params": P + 9, "params_encoder": P, "width": w, "depth": 2, "heads": 2,
-            "patch": 5, "mask_ratio": .75, "steps": 100, "lr": .01, "seed": s, "data": "simulated", "versions": {"a": "2"},
-            **changed}))
+            "patch": 5, "mask_ratio": .75, "steps": 100, "lr": .01, "seed": s, "data": "simulated", "versions": {},
+            **more}))
         if probe:
             scores = {"macro_f1": 1 - loss, "accuracy": 1 - loss, "macro_f1_sd": .01}
             (cell / "finetune" / "ucihar-probe.json").write_text(json.dumps(scores))
-    return folder
+    return out
 
 
 # ---------------------------------------------------------------- the fit
@@ -131,8 +131,9 @@ def test_whole_seeds_are_resampled_and_few_of_them_widen_the_intervals():
     assert widen == pytest.approx(math.sqrt(6 / 5) * 2.571 / 1.96, rel=1e-3), "as for a mean of six values"
     assert resample(table, ["x0", "x1"], 50, np.random.default_rng(0))[1] == 1, "rows as they are"
     table["loss"] *= np.exp(.03 * np.random.default_rng(1).normal(size=6))[seeds]           # what a seed's runs share
-    level = lambda table: estimate(fit(table, ["x0", "x1"], "loss", bootstrap=200), lambda units: loss_at(units, [1e9, 1e11]))[1]
-    assert np.ptp(level({**table, "group": seeds})) > 1.5 * np.ptp(level(table))
+    by_seed, by_row = (fit(one, ["x0", "x1"], "loss", bootstrap=200) for one in ({**table, "group": seeds}, table))
+    around = lambda fitted: np.ptp(estimate(fitted, lambda units: loss_at(units, [1e9, 1e11]))[1])
+    assert around(by_seed) > 1.5 * around(by_row)
 
 
 def test_two_seeds_are_resampled_among_the_runs_of_one_user_count():
@@ -211,8 +212,8 @@ def test_cells_that_are_not_done_and_mixed_configurations_are_refused_unless_ask
     with pytest.raises(Refused, match="1 of 46 cells.*u64-h0.1-8x2x2-s0"):
         collect(tmp_path)
     assert len(collect(tmp_path, partial=True)) == 45
-    make_grid(tmp_path / "u64-h0.1-8x2x2-s0", users=(64,), caps=(.1,), widths=(8,), seeds=(0,), probe=False, mask_ratio=.5)
-    (tmp_path / "u64-h0.1-8x2x2-s0" / "u64-h0.1-8x2x2-s0" / "result.json").rename(tmp_path / "u64-h0.1-8x2x2-s0" / "result.json")
+    other = json.loads((tmp_path / "u32-h0.1-8x2x2-s0" / "result.json").read_text())
+    (tmp_path / "u64-h0.1-8x2x2-s0" / "result.json").write_text(json.dumps({**other, "users": 64, "mask_ratio": .5}))
     with pytest.raises(Refused, match="mask_ratio 0.75.*0.5"):
         collect(tmp_path)
     assert len(collect(tmp_path, mixed=True)) == 46
@@ -242,7 +243,8 @@ BAD = {
 def test_a_table_that_cannot_be_fitted_is_refused_in_a_sentence(why, tmp_path, monkeypatch):
     text, words = BAD[why]
     (tmp_path / "t.csv").write_bytes(text.encode(errors="surrogateescape"))
-    monkeypatch.setattr(sys, "argv", ["fit_laws.py", str(tmp_path / "t.csv"), "--x", "x", "--out", str(tmp_path / "out")])
+    words = ["fit_laws.py", str(tmp_path / "t.csv"), "--x", "x", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(Refused, match=words):
         fit_laws.main()
     assert os.listdir(tmp_path) == ["t.csv"]
@@ -257,14 +259,14 @@ def test_a_refusal_is_one_line_and_exit_2_and_leaves_nothing(arguments, tmp_path
     (tmp_path / "laws.json").write_text('{"laws": [')
     before = sorted(os.listdir(tmp_path))
     done = run(*arguments.split(), cwd=tmp_path)
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
     assert sorted(os.listdir(tmp_path)) == before
 
 
 # ---------------------------------------------------------------- the coverage study
 def simulated(rng, design, n, S, shared):
-    """A table with 1 % of noise and S seeds, whose runs share log-normal moves of E and of each A (as their users do: in a
-    grid, those of one user count); names of its factors; the truth (E, log A, alpha); losses of new runs of new seeds."""
+    """A table with 1 % of noise and S seeds, whose runs share log-normal moves of E and each A (in a grid: those on one
+    draw of users); names of its factors; the truth, E, log A and alpha; losses of new runs of new seeds."""
     if design == "grid":
         x = np.array([(u, h, P) for u in (4, 8, 16, 32, 64) for h in (.05, .1, .2, .4) for P in (2e4, 1.5e5, 8e5)
                       for _ in range(S)]).T
@@ -274,7 +276,9 @@ def simulated(rng, design, n, S, shared):
     else:
         x, law = np.exp(rng.uniform(*np.log([[1e7, 1e9], [1e10, 1e12]]), (n, 2))).T, (E, A, ALPHA)
     rows = np.arange(x.shape[1])
-    groups = rows % max(S, 1) if design != "grid" else np.unique([rows % S, x[0]], axis=1, return_inverse=True)[1].ravel()
+    groups = rows % max(S, 1)
+    if design == "grid":
+        groups = np.unique([groups, x[0]], axis=1, return_inverse=True)[1].ravel()
 
     def losses(groups):
         terms = np.stack([np.full(len(rows), law[0]), *(a * column ** -b for a, b, column in zip(*law[1:], x))])
@@ -323,9 +327,9 @@ def test_the_intervals_hold_the_truth_in_90_to_98_per_cent_of_simulated_tables(t
 
 REPORT = """# Do the 95 % intervals hold the truth?
 
-In how many per cent of {tables} simulated tables of a known law the interval holds the true value, and how many per cent
-of new runs fall in the prediction band: 1 % of noise in the loss, 200 bootstraps. `shared`: by how much the runs of a seed
-move E and each A together (in the grid, the runs of one draw of users).
+In how many per cent of {tables} simulated tables of a known law the interval holds the true value, and how many per
+cent of new runs fall in the prediction band: 1 % of noise in the loss, 200 bootstraps. `shared`: by how much the runs
+of a seed move E and each A together (in the grid, the runs of one draw of users).
 
 {lines}
 

@@ -3,6 +3,7 @@
 A run of pretrain.py is cut off, torn and starved for real. What sweep.sh does with its cells is shown on stand-ins for the
 four scripts, which count steps instead of learning; with the real ones it is killed 20 times by `python -m pytest -m slow`.
 """
+import contextlib
 import csv
 import fcntl
 import gc
@@ -321,16 +322,30 @@ def undisturbed(users, hours=("0.1", "0.2"), steps=60):
     return rows
 
 
-@pytest.mark.parametrize("everything", [True, False], ids=["with all its children", "alone"])
-def test_a_sweep_killed_at_random_moments_ends_with_the_table_of_an_undisturbed_one(stand_ins, everything):
+def kill(process, what, luck):
+    """SIGKILL to a sweep and all its children, to it alone, or to one process of them, whichever."""
+    if what == "all":
+        os.killpg(process.pid, signal.SIGKILL)
+    elif what == "sweep.sh":
+        process.kill()
+    else:
+        with contextlib.suppress(ProcessLookupError):             # it has just ended by itself
+            members = [int(path.name) for path in Path("/proc").glob("[0-9]*") if path.exists() and os.getpgid(int(path.name)) == process.pid]
+            os.kill(luck.choice(members or [process.pid]), signal.SIGKILL)
+            time.sleep(1)
+        process.terminate()
+    process.stdout.close()
+    process.wait()
+
+
+@pytest.mark.parametrize("what", ["all", "sweep.sh", pytest.param("one", marks=pytest.mark.skipif(not Path("/proc/1").exists(), reason="no /proc here"))])
+def test_a_sweep_killed_at_random_moments_ends_with_the_table_of_an_undisturbed_one(stand_ins, what):
     code, home = stand_ins
-    moments = random.Random(everything)
+    luck = random.Random(what)
     for _ in range(4):
         process = sweep(code, home, **GRID)
-        time.sleep(moments.uniform(0.1, 1.0))
-        os.killpg(process.pid, signal.SIGKILL) if everything else process.kill()
-        process.stdout.close()
-        process.wait()
+        time.sleep(luck.uniform(0.1, 1.0))
+        kill(process, what, luck)
     status, said = finish(sweep(code, home, **GRID))
     assert status == 0 and table(home) == undisturbed([2, 3, 5]), said
     assert wait_for(lambda: not worked_on(home))
@@ -345,12 +360,12 @@ def test_what_a_killed_sweep_was_running_saves_and_ends(stand_ins):
     assert all("saved at" in lines(log)[-1] for log in home.glob("runs/grid/*/log.txt"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_sweep_that_is_told_to_stop_lets_its_cells_save(stand_ins, number):
     code, home = stand_ins
     process = sweep(code, home, **GRID)
     assert wait_for(lambda: len(list(home.glob("runs/grid/*/config"))) == 2)
-    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)       # as a terminal does
+    process.send_signal(number) if number == signal.SIGTERM else os.killpg(process.pid, number)       # a terminal tells all
     status, said = finish(process)
     assert status == 128 + number and "the same command goes on" in said and not worked_on(home)
     assert any(map(steps_of, home.glob("runs/grid/*"))) and not list(home.glob("runs/grid/*/failed"))
@@ -419,15 +434,13 @@ def test_twenty_kills_of_the_real_thing_and_two_sweeps_at_once(home, tmp_path):
         shutil.copytree(home / "data", tmp_path / name / "data")
     status, said = finish(sweep(CODE, tmp_path / "left-alone", **grid))
     assert status == 0, said
-    moments = random.Random(0)
-    for kill in range(20):
+    luck = random.Random(0)
+    for number in range(20):
         process = sweep(CODE, tmp_path / "killed", **grid)
-        time.sleep(moments.uniform(1, 14))
-        os.killpg(process.pid, signal.SIGKILL) if kill % 2 else process.kill()
-        process.stdout.close()
-        process.wait()
+        time.sleep(luck.uniform(1, 15))
+        kill(process, what := ("all", "sweep.sh", "one")[number % 3], luck)
         done = len(list(tmp_path.glob("killed/runs/grid/*/result.json")))
-        print(f"kill {kill + 1}: {done} of 8 cells done", flush=True)
+        print(f"kill {number + 1} ({what}): {done} of 8 cells have a result", flush=True)
     said = [finish(process) for process in [sweep(CODE, tmp_path / "killed", **grid) for _ in range(2)]]
     assert [status for status, _ in said] == [0, 0], said
     one, other = table(tmp_path / "left-alone"), table(tmp_path / "killed")
