@@ -459,11 +459,11 @@ def capacities(units, x, way):
                        where data are dear and the machine is not
     """
     terms = terms_at(units, [*x, 1.])
-    if way == "balanced":
-        target = (units["alpha"] * terms)[:, :-1].max(1) / units["alpha"][:, -1]
-    else:
-        target = .01 * (units["E"] + terms[:, :-1].sum(1))
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"):                              # an exponent of 0: any capacity fits
+        if way == "balanced":
+            target = (units["alpha"] * terms)[:, :-1].max(1) / units["alpha"][:, -1]
+        else:
+            target = .01 * (units["E"] + terms[:, :-1].sum(1))
         return np.exp(np.clip(np.log(terms[:, -1] / target) / units["alpha"][:, -1], -700, 700))
 
 
@@ -561,8 +561,8 @@ def recommend(path, users, hours_per_user):
 
     print(f"{' x '.join(f'{v:g} {name}' for name, v in plan.items())}, by the law '{first['name']}' [95 % interval]")
     if names[-1] == "params_encoder":
-        show("parameters, balanced with the data", lambda units: capacities(units, x, "balanced"), "{:,.0f}")
-        show("parameters, within 1 % of the best", lambda units: capacities(units, x, "within_1_percent"), "{:,.0f}")
+        show("parameters, balanced with the data", lambda units: capacities(units, x, "balanced"), "{:.3g}")
+        show("parameters, within 1 % of the best", lambda units: capacities(units, x, "within_1_percent"), "{:.3g}")
         best = capacities(units, x, "within_1_percent")[0]
         x.append(float(np.clip(best, *ranges[-1])))
         print(f"  {'train':36s}{x[-1]:,.0f}" + ", the most that was run: more may pay" * bool(best > x[-1]))

@@ -18,7 +18,8 @@
 #SBATCH --signal=B:USR1@60
 # Each of these is a variable of the environment; what stands here is the default.
 DATA=${DATA:-simulated}                           # a prepared set, or several pooled (a+b); prepared here if data.py knows it
-if [ "$DATA" = simulated ]; then PROBES=${PROBES-simulated}; fi               # labelled sets to probe on; "" for none
+if [ "$DATA" = simulated ]; then PROBES=${PROBES-simulated} FLAGS=${FLAGS---batch 64 --evaluations 10}; fi
+PROBES=${PROBES-}                                 # labelled sets to probe on; "" for none
 users=(${USERS:-4 8 16 32})                       # training users, or `all`
 hours=(${HOURS:-0.025 0.1 0.4})                   # hours per user at most, or `all`
 models=(${MODELS:-16x2x2 32x3x4 64x3x4})          # width x depth x heads
@@ -76,13 +77,12 @@ fingerprints() {                                  # of the data, then of each pr
     done
 }
 pretraining() {                                   # cell -> dir; words: the command; key: what makes it another command
-    local u h m s w d n
-    IFS=- read -r u h m s <<< "$1"
-    IFS=x read -r w d n <<< "$m"
     dir="$OUT/$1" words=(--data "$DATA")
-    [ "$u" = uall ] || words+=(--users "${u#u}")
-    [ "$h" = hall ] || words+=(--hours-per-user "${h#h}")
-    words+=(--width "$w" --depth "$d" --heads "$n" --steps "$STEPS" --seed "${s#s}" $FLAGS)
+    set -- ${1//-/ }                              # u8 h0.1 64x3x4 s0
+    [ "$1" = uall ] || words+=(--users "${1#u}")
+    [ "$2" = hall ] || words+=(--hours-per-user "${2#h}")
+    set -- ${3//x/ } "${4#s}"
+    words+=(--width "$1" --depth "$2" --heads "$3" --steps "$STEPS" --seed "$4" $FLAGS)
     key="pretrain.py ${words[*]} # ${prints[0]}"
     words=("$PYTHON" "$code/pretrain.py" --out "$dir" --threads "$THREADS" "${words[@]}")
 }

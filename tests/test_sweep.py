@@ -28,7 +28,7 @@ CODE = Path(pretrain.__file__).parent
 ENVIRONMENT = {**{name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH") if name in os.environ},
                "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 SHAPE = ["--patch", "20", "--batch", "16", "--decoder-width", "16", "--precision", "fp32"]
-TINY = ["--width", "8", "--depth", "1", "--heads", "2", *SHAPE, "--threads", "1", "--device", "cpu", "--steps", "500"]
+TINY = ["--width", "8", "--depth", "1", "--heads", "2", *SHAPE, "--threads", "1", "--device", "cpu", "--steps", "300"]
 
 
 # ---------------------------------------------------------------- one run
@@ -74,7 +74,7 @@ def runs(home):
     what lay on disk before that last start: the checkpoint of Ctrl-C, and the one of TERM before it."""
     whole = start(home, "runs/whole")
     said = {number: interrupt(home, "runs/cut", number, step)
-            for number, step in ((signal.SIGTERM, 50), (signal.SIGKILL, 150), (signal.SIGINT, 200))}
+            for number, step in ((signal.SIGTERM, 30), (signal.SIGKILL, 90), (signal.SIGINT, 120))}
     shutil.copytree(home / "runs/cut", home / "runs/middle")
     last = start(home, "runs/cut")
     assert (whole.wait(), last.wait()) == (0, 0)
@@ -427,26 +427,28 @@ def test_a_sweep_that_makes_no_sense_is_refused(stand_ins, arguments, variables,
 
 
 @pytest.mark.slow
-def test_twenty_kills_of_the_real_thing_and_two_sweeps_at_once(home, tmp_path):
-    """Prints the two tables' losses: `python -m pytest -m slow -s`."""
+def test_twenty_kills_of_the_real_thing_then_two_sweeps_at_once(home, tmp_path):
+    """With -s it prints each kill, and the loss of each cell in both tables."""
     grid = dict(USERS="2 3 4 6", HOURS="0.02 all", MODELS="8x1x2", STEPS="1500", OUT="runs/grid", FLAGS=" ".join([*SHAPE, "--evaluations", "5"]))
-    for name in ("left-alone", "killed"):
-        shutil.copytree(home / "data", tmp_path / name / "data")
-    status, said = finish(sweep(CODE, tmp_path / "left-alone", **grid))
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    for folder in (alone, killed):
+        shutil.copytree(home / "data", folder / "data")
+    began = time.monotonic()
+    status, said = finish(sweep(CODE, alone, **grid))
     assert status == 0, said
-    luck = random.Random(0)
+    took, luck = time.monotonic() - began, random.Random(0)
     for number in range(20):
-        process = sweep(CODE, tmp_path / "killed", **grid)
-        time.sleep(luck.uniform(1, 15))
+        process = sweep(CODE, killed, **grid)
+        time.sleep(after := luck.uniform(0.02, 0.25) * took)
         kill(process, what := ("all", "sweep.sh", "one")[number % 3], luck)
-        done = len(list(tmp_path.glob("killed/runs/grid/*/result.json")))
-        print(f"kill {number + 1} ({what}): {done} of 8 cells have a result", flush=True)
-    said = [finish(process) for process in [sweep(CODE, tmp_path / "killed", **grid) for _ in range(2)]]
+        done = len(list(killed.glob("runs/grid/*/result.json")))
+        print(f"kill {number + 1:2d}, of {what}, after {after:.1f} s: {done} of 8 cells have a result", flush=True)
+    both = [sweep(CODE, killed, **grid) for _ in range(2)]
+    said = [finish(process) for process in both]
     assert [status for status, _ in said] == [0, 0], said
-    one, other = table(tmp_path / "left-alone"), table(tmp_path / "killed")
-    for name in one:
-        print(name, one[name]["loss"], other[name]["loss"])
-    assert one == other and len(one) == 8
+    for name, row in table(alone).items():
+        print(name, row["loss"], table(killed)[name]["loss"], flush=True)
+    assert table(alone) == table(killed) and len(table(alone)) == 8
 
 
 # ---------------------------------------------------------------- on a cluster
