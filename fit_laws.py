@@ -1017,8 +1017,8 @@ def main():
         if a.x:
             raise Refused(f"{a.target} is a folder of runs, whose factors are fixed: leave --x out, or name a CSV file")
         rows = collect(a.target, a.partial, a.mixed)
+        write_csv(out / "results.csv", rows)                     # the table stands even where no law can be fitted
         laws, verdicts, table, parts = study(rows, a.y, not a.no_floor, a.bootstrap, a.holdout, a.seed)
-        write_csv(out / "results.csv", rows)
         figures = study_figures(table, verdicts, *parts)
     else:
         if not Path(a.target).is_file():

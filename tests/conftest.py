@@ -1,4 +1,5 @@
 """Tests marked `slow` take minutes and run only by name: python -m pytest -m slow"""
+import signal
 import sys
 from pathlib import Path
 
@@ -15,3 +16,7 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "slow" in item.keywords and "slow" not in config.getoption("-m"):
             item.add_marker(pytest.mark.skip(reason="takes minutes: python -m pytest -m slow"))
+
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and so would every program that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
