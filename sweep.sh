@@ -12,7 +12,7 @@
 # another sweep works on is waited for, what failed before is tried once more. A cell is done when these very commands
 # have finished on these very data (OUT/CELL/commands says which did); pretrain.py refuses to go on with a run of other
 # flags. What a cell says stands in OUT/CELL/log.txt. The last task of a job array to end fits the laws; `bash sweep.sh`
-# does, too. Exit status: 0 if every cell is done, 1 if not, 2 for a grid that makes no sense.
+# does, too. Exit status: 0 if every cell is done, 1 if not or if the fit failed, 2 for a grid that makes no sense.
 
 #SBATCH --requeue --open-mode=append
 #SBATCH --signal=B:USR1@60
@@ -228,9 +228,10 @@ main() {                                          # a function is read to its en
     open=$(unfinished "${cells[@]}")
     [ -z "$open" ] || { echo "sweep.sh: not done: "$open"; $OUT/CELL/log.txt says why, and the same command tries again" >&2; exit 1; }
     [ -z "$(unfinished "${grid[@]}")" ] || exit 0 # other tasks of the job array are still to come
+    touch "$OUT/.fitted"
     run "$PYTHON" "$code/fit_laws.py" "$OUT" --out "$RESULTS"; fitted=$?
     stopped
-    [ $fitted = 0 ] || [ $fitted = 2 ]            # 2: the grid is too small to carry a law; its table is written
+    [ $fitted = 0 ] || { [ $fitted = 2 ] && [ ! "$RESULTS/results.csv" -ot "$OUT/.fitted" ]; }   # a grid too small for a law
 }
 fingerprints
 if [ "${1-}" = --list ]; then list; else main; fi
