@@ -13,8 +13,8 @@ Downstream: what a pre-trained encoder knows about activities, asked of people i
     random    the probe of an untrained encoder: what the architecture alone can do
 
 Always split by user. In each fold a fifth of the training users are set aside: they choose the penalty (probe, random)
-or the epoch to keep (tune, scratch). The probe is then fitted on all training users, with those; a network isn't trained
-again. The test users are looked at once, when all that is decided.
+or the epoch to keep (tune, scratch). The probe is then fitted on all training users, with those; a network is not. The
+test users are looked at once, when all that is decided.
 
     python finetune.py runs/first --data simulated
     python finetune.py runs/first --data ucihar --mode tune
@@ -72,12 +72,12 @@ def user_folds(meta, users, labels, pretrained_on, seed):
     folds = [(np.flatnonzero(~np.isin(users, test)), np.flatnonzero(np.isin(users, test))) for test in tests]
     for train, test in folds:
         if not len(train) or not len(test):
-            raise Refused(f"the labels of '{meta['name']}' are of {len(np.unique(users))} users, too few to train on some "
-                          "and test on others: prepare more")
+            raise Refused(f"the labels of '{meta['name']}' are of {len(np.unique(users))} users, too few to train on "
+                          "some and test on others: prepare more")
         missing = np.setdiff1d(labels[test], labels[train])
         if len(missing):
-            raise Refused(f"'{meta['classes'][missing[0]]}' can't be learned in one of the folds of '{meta['name']}': only "
-                          "users who are tested there have it; prepare more users")
+            raise Refused(f"'{meta['classes'][missing[0]]}' can't be learned in one of the folds of '{meta['name']}': "
+                          "only users who are tested there have it; prepare more users")
     return folds
 
 
@@ -90,7 +90,7 @@ def window_folds(folds, seed):
 
 
 def few_users(folds, users, count, seed):
-    """The folds with `count` training users each, the first 2 of whom are among the first 4; 5 draws of a single fold."""
+    """The folds with `count` training users each, the first 2 among the first 4; a single fold is drawn 5 times."""
     few = []
     for k, (train, test) in enumerate(folds * (5 if len(folds) == 1 else 1)):
         order = np.random.default_rng([seed, 32, k]).permutation(np.unique(users[train]))
@@ -159,13 +159,13 @@ def batched(net, windows_at, rows):
 
 # ---------------------------------------------------------------- logistic regression
 def regression_path(x, y, classes, penalties, tolerance=1e-5, start=None):
-    """Multinomial logistic regression of y (n,) on x (n, F), penalty after penalty: yields weights (F + 1, K), bias last.
+    """Multinomial logistic regression of y (n,) on x (n, F), penalty by penalty: yields weights (F + 1, K), bias last.
 
         minimise over W, b   mean of -log softmax(x W + b)[y]  +  l2 / 2 |W|^2
 
-    by L-BFGS with the exact gradient, until no entry of that exceeds `tolerance`; each solution starts the next (`start`
-    the first). Features are correlated, so the search goes along their principal axes, in units of the loss's curvature
-    there, about .3 variance + l2: the same minimum in half the steps.
+    by L-BFGS with the exact gradient, until its largest entry is below `tolerance`. Each solution starts the next, and
+    `start` the first. Features are correlated, so the search goes along their principal axes, in units of the loss's
+    curvature there, about .3 variance + l2: the same minimum in half the steps.
     """
     from scipy.optimize import minimize                          # here: what is done already needs no scipy
     rows = torch.arange(len(x))
@@ -197,7 +197,7 @@ def predict(x, weights):
 
 
 def fit_probe(x, y, fit, validation, last, classes):
-    """Standardise on the rows `fit`, choose the penalty by the macro-F1 of `validation`; then fit all on the rows `last`.
+    """Standardise on the rows `fit`, choose the penalty by the macro-F1 of `validation`, fit all on the rows `last`.
     Returns weights (F + 1, K), the features' mean and deviation, the penalty."""
     moments = lambda rows: (x[rows].mean(0), x[rows].std(0, correction=0).clamp(min=1e-6))
     mean, sd = moments(fit)
@@ -273,7 +273,7 @@ def confusion(truth, answer, classes):
 
 
 def scores(counts):
-    """Accuracy, each class's F1 (None if it is neither there nor answered), and their mean: as scikit-learn has them."""
+    """Accuracy, each class's F1 (None if neither there nor answered), and their mean: as scikit-learn has them."""
     counts = counts.double()
     there = counts.sum(0) + counts.sum(1)
     f1 = 2 * counts.diag() / there
@@ -293,8 +293,9 @@ def summarise(meta, users, y, done):
     return {
         "accuracy": float(np.mean(column("accuracy"))), "accuracy_sd": deviation("accuracy"),
         "macro_f1": float(np.mean(column("macro_f1"))), "macro_f1_sd": deviation("macro_f1"),
-        "per_class_f1": scores(sum(tables))["per_class_f1"], "confusion": sum(tables).tolist(), "classes": meta["classes"],
-        "test_users": names(np.concatenate([fold["test"] for fold in done])), "l2": column("l2"),
+        "per_class_f1": scores(sum(tables))["per_class_f1"], "classes": meta["classes"],
+        "confusion": sum(tables).tolist(), "l2": column("l2"),
+        "test_users": names(np.concatenate([fold["test"] for fold in done])),
         "n_train": round(np.mean(column("n_train"))), "n_test": sum(column("n_test")), "folds": folds}
 
 
@@ -335,7 +336,8 @@ def draw_label_curve(path, results):
             axes.errorbar(x, y, sd, color=colour, marker=marker, capsize=3, label=mode)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set(xlabel="labelled users", ylabel="macro-F1 on other users\n(bars: deviation over folds)", title=results[0]["data"])
+    axes.set(xlabel="labelled users", ylabel="macro-F1 on other users\n(bars: deviation over folds)",
+             title=results[0]["data"])
     axes.grid(alpha=0.3)
     axes.legend()
     with replacing(path) as temporary:
@@ -366,8 +368,8 @@ def open_task(a):
     names = [meta["channels"][c] for c in channels]
     folds = user_folds(meta, users, y.numpy(), trained_on, a.seed)
     if any(a.data in people and people - {a.data} & set(trained_on["name"].split("+")) for people in SAME_PEOPLE):
-        print(f"warning: {trained_on['name']} was recorded with the people of {a.data}: the encoder has seen some of those "
-              "tested here, without labels", file=sys.stderr)
+        print(f"warning: {trained_on['name']} was recorded with the people of {a.data}: the encoder has seen some of "
+              "those tested here, without labels", file=sys.stderr)
     torch.manual_seed(a.seed)
     device = choose_device(a.device)
     half = choose_precision(a.precision, device) == "bf16"
@@ -375,8 +377,8 @@ def open_task(a):
     windows_at = lambda i: standardise(torch.from_numpy(prepared.windows[rows[i]][:, channels]).to(device), names)
     features = lambda model, x: pool(encode(model, x, sensors, half), a.pool)
     matters = ["mode", "sensors", "pool", "seed"] + ["lr", "patience", "rotate"] * (a.mode in ("tune", "scratch"))
-    made_from = {"weights": digest(trained.state_dict()) if a.mode in ("probe", "tune") else "random",
-                 "model": config["model"], "data": meta["fingerprint"], **{key: getattr(a, key) for key in matters}}
+    made_from = {"weights": digest(trained.state_dict()), "model": config["model"], "data": meta["fingerprint"],
+                 **{key: getattr(a, key) for key in matters}}
     return Task(meta, users, y, folds, windows_at, model, features, made_from)
 
 
@@ -384,7 +386,7 @@ def do_fold(task, x, train, test, groups, a):
     """Learn from the rows `train`, answer the rows `test`, once. x: features (n, F), None for scratch."""
     fit, validation = set_aside(train, groups, a.seed)
     probe, l2, epoch, classes = None, None, None, len(task.meta["classes"])
-    if a.mode != "scratch":                                      # tune starts from a probe that knows no validation user
+    if a.mode != "scratch":                                      # tune starts from a probe without validation users
         *probe, l2 = fit_probe(x, task.y, fit, validation, fit if a.mode == "tune" else train, classes)
     if a.mode in ("probe", "random"):
         weights, mean, sd = probe
@@ -404,22 +406,22 @@ def parse_flags():
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("run", help="folder of a run of pretrain.py; the weights of its best step are used")
     g = p.add_argument_group("what is learned")
-    g.add_argument("--data", required=True, help="prepared set with labels: ucihar, wisdm_phone, wisdm_watch, simulated")
+    g.add_argument("--data", required=True, help="prepared set with labels: ucihar, wisdm_phone, wisdm_watch, ...")
     g.add_argument("--mode", choices=list(LOOKS), default="probe", help="probe: encoder frozen; tune: trained further; "
                    "scratch: trained from random weights; random: probe of an untrained encoder")
-    g.add_argument("--sensors", choices=["both", "acc", "gyro"], default="both", help="one alone: the other stays unseen")
-    g.add_argument("--pool", choices=["mean", "mean+std"], default="mean", help="mean+std: twice the features, and a few "
-                   "points more, most for an untrained encoder")
+    g.add_argument("--sensors", choices=["both", "acc", "gyro"], default="both", help="one alone: the other is unseen")
+    g.add_argument("--pool", choices=["mean", "mean+std"], default="mean", help="what is kept of latents over time; "
+                   "mean+std: twice the features, and a few points more")
     g = p.add_argument_group("who is tested")
-    g.add_argument("--label-users", metavar="K", help="train on K labelled users only; 1,2,4: on so many, one after the "
-                   "other. Draws the curve of all such results. default: all training users")
+    g.add_argument("--label-users", metavar="K", help="train on K labelled users only; 1,2,4: on so many, one after "
+                   "the other. Draws the curve of all such results. default: all training users")
     g.add_argument("--split", choices=["user", "window"], default="user", help="window: windows drawn at random, test "
                    "users in training. No result: it shows what that leak is worth, beside the honest score")
-    g.add_argument("--seed", type=int, default=0, help="draws folds, users set aside, labelled users, untrained weights")
+    g.add_argument("--seed", type=int, default=0, help="draws folds, users set aside, labelled users, first weights")
     g = p.add_argument_group("tune and scratch")
     g.add_argument("--lr", type=float, help="learning rate. default: 0.0003 for tune, 0.001 for scratch")
     g.add_argument("--patience", type=int, default=8, help="stop when so many epochs didn't help the validation users")
-    g.add_argument("--rotate", type=float, default=0.2, help="turn each training window's sensor frame by about so many rad")
+    g.add_argument("--rotate", type=float, default=0.2, help="turn training windows' sensor frame by about so many rad")
     g = p.add_argument_group("machine")
     g.add_argument("--device", default="auto", help="cpu, cuda, mps; auto takes the fastest there is")
     g.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="bf16: the encoder's matrix "
@@ -428,7 +430,8 @@ def parse_flags():
     a = p.parse_args()
     if a.lr is None:
         a.lr = 1e-3 if a.mode == "scratch" else 3e-4
-    for name, low, high in (("patience", 1, 1000), ("rotate", 0, 3.2), ("seed", 0, 2 ** 31), ("threads", 0, 1024), ("lr", 0, 1)):
+    for name, low, high in (("patience", 1, 1000), ("rotate", 0, 3.2), ("seed", 0, 2 ** 31), ("threads", 0, 1024),
+                            ("lr", 0, 1)):
         if not low <= getattr(a, name) <= high:
             raise Refused(f"--{name} {getattr(a, name)}: choose one from {low} to {high}")
     parts = [None] if a.label_users is None else a.label_users.split(",")
@@ -475,15 +478,15 @@ def main():
     task, x, folder = open_task(a), None, Path(a.run) / "finetune"
     sensor = f"-{a.sensors}" * (a.sensors != "both")
     tail = f"-{a.pool}" * (a.pool != "mean") + f"-s{a.seed}" * (a.seed > 0)
-    for count, split in [(count, "user") for count in a.label_users] + [(None, "window")] * (a.split == "window"):
+    jobs = [(count, "user", few_users(task.folds, task.users, count, a.seed) if count else task.folds)
+            for count in a.label_users]
+    if a.split == "window":
+        jobs.append((None, "window", window_folds(task.folds, a.seed)))
+    for count, split, folds in jobs:
         name = f"{a.data}-{a.mode}{sensor}" + f"-u{count}" * bool(count) + "-window" * (split == "window") + tail
         made_from = {**task.made_from, "label_users": count, "split": split}
         if not is_done(folder / f"{name}.json", made_from):
-            started, folds, groups, done = time.time(), task.folds, task.users, []
-            if count:
-                folds = few_users(folds, task.users, count, a.seed)
-            if split == "window":
-                folds, groups = window_folds(folds, a.seed), np.arange(len(task.y))
+            started, done, groups = time.time(), [], task.users if split == "user" else np.arange(len(task.y))
             if x is None and a.mode != "scratch":
                 x = batched(lambda windows: task.features(task.model, windows), task.windows_at, np.arange(len(task.y)))
             for train, test in folds:
@@ -495,12 +498,12 @@ def main():
             draw_confusion(folder / f"{name}.png", result)
         announce(name, read_result(folder / f"{name}.json"))
     if a.split == "window":
-        print("warning: the second score is what a leak looks like, not a result: it was tested on people it was trained "
-              "on", file=sys.stderr)
+        print("warning: the second score is what a leak looks like, not a result: people in its test are in its "
+              "training, too", file=sys.stderr)
     if a.label_users != [None]:
-        alike = {key: value for key, value in made_from.items() if key in ("model", "data", "sensors", "pool", "seed", "split")}
-        results = [r for r in map(read_result, sorted(folder.glob(f"{a.data}-*.json"))) if r and
-                   alike.items() <= r["made_from"].items()]
+        alike = {key: made_from[key] for key in ("weights", "model", "data", "sensors", "pool", "seed", "split")}
+        results = [r for r in map(read_result, sorted(folder.glob(f"{a.data}-*.json")))
+                   if r and alike.items() <= r["made_from"].items()]
         draw_label_curve(folder / f"{a.data}{sensor}{tail}-label-users.png", results)
 
 

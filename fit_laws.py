@@ -310,7 +310,7 @@ def resample(table, x, B, rng):
     Rows are drawn with replacement, or, with a column `group`, whole groups (in each `stratum`, if there is one): runs
     whose errors go together, as those of a seed, which share users and weights. Few groups say little about their own
     spread, so it is widened as for the mean of a few values: S groups in T strata, d = S - T, by sqrt(S / d) t_d / 1.96
-    (results/coverage.md measures what that does). Resamples with less than three values of a factor are drawn again;
+    (the slow test of tests/test_laws.py measures what that does). Resamples with less than three values of a factor are drawn again;
     where hardly any has three, rows are drawn after all.
     """
     n = len(table[x[0]])

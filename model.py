@@ -8,7 +8,7 @@ The model: a masked autoencoder (MAE) with a Transformer encoder, for windows of
       decode          ->  (B, M, 3P)   each masked patch asks the visible ones: narrow, shallow cross-attention
       loss                             mean squared error on the masked patches
 
-What differs from the textbook MAE (He et al. 2021); results/recipe.md and results/speed.md have what each choice bought:
+What differs from the textbook MAE (He et al. 2021):
   - rotary positions on time in every attention: movement is periodic, and relative time is what tells its phase
   - short patches (0.25 s): a step is several tokens
   - masked tokens are only queries in the decoder (CrossMAE, Fu et al. 2024): nothing is computed for what is visible

@@ -25,7 +25,7 @@ from model import MAE, baseline_loss, draw_masks, forward_flops, parameters
 BUSY = 75                                                        # exit status: another process works on this run
 SCALE = {"acc": 0.7, "gyro": 1.05}                               # g, rad/s: what signals are divided by, in every set and cell
 EVALUATED = 64                                                   # evaluation windows a held-out user, at most
-LEARNING_RATE = {"muon": 0.02, "adamw": 0.003}                  # at every width up to 256: results/recipe.md
+LEARNING_RATE = {"muon": 0.02, "adamw": 0.003}                  # peaks, for all widths: matrices, or all with AdamW
 
 
 # ---------------------------------------------------------------- what a cell sees
