@@ -35,7 +35,8 @@ def make_set(home, name, users=10, samples=200, labels=None, channels=6, **meta)
     (folder / "meta.json").write_text(json.dumps({
         "name": name, "rate": 20, "seconds": samples / 20, "channels": data.CHANNELS[:channels], "classes": CLASSES,
         "hours": 1, "windows": len(who), "users": [f"p{u}" for u in range(users)], "sources": [name] * users,
-        "test_users": None, "fingerprint": data.fingerprint(windows, who, what), "settings": {}, "left_out": {}, **meta}))
+        "test_users": None, "settings": {}, "left_out": {}, "fingerprint": data.fingerprint(windows, who, what),
+        **meta}))
 
 
 def make_run(home, name, seed=0, sensors="both"):
