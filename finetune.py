@@ -89,6 +89,14 @@ def window_folds(folds, seed):
     return [(np.delete(order, part), order[part]) for part in parts]
 
 
+def validation_folds(folds, users, seed):
+    """Five folds over the training users of the first fold: to choose by, with its test users left alone."""
+    train = folds[0][0]
+    order = np.random.default_rng([seed, 34]).permutation(np.unique(users[train]))
+    tests = [np.isin(users[train], order[k::5]) for k in range(min(5, len(order)))]
+    return [(train[~test], train[test]) for test in tests if not test.all()]
+
+
 def few_users(folds, users, count, seed):
     """The folds with `count` training users each, the first 2 among the first 4; a single fold is drawn 5 times."""
     few = []
@@ -415,7 +423,8 @@ def parse_flags():
     g = p.add_argument_group("who is tested")
     g.add_argument("--label-users", metavar="K", help="train on K labelled users only; 1,2,4: on so many, one after "
                    "the other. Draws the curve of all such results. default: all training users")
-    g.add_argument("--split", choices=["user", "window"], default="user", help="window: windows drawn at random, test "
+    g.add_argument("--split", choices=["user", "validation", "window"], default="user", help="validation: training users "
+                   "only, some tested on the others, to choose between runs or flags. window: windows drawn at random, test "
                    "users in training. No result: it shows what that leak is worth, beside the honest score")
     g.add_argument("--seed", type=int, default=0, help="draws folds, users set aside, labelled users, first weights")
     g = p.add_argument_group("tune and scratch")
@@ -437,8 +446,8 @@ def parse_flags():
     parts = [None] if a.label_users is None else a.label_users.split(",")
     if not all(part is None or part.isdecimal() and int(part) for part in parts):
         raise Refused(f"--label-users {a.label_users}: give a number of users, or several with commas, such as 1,2,4,8")
-    if a.label_users is not None and a.split == "window":
-        raise Refused("--label-users can't go with --split window: windows drawn at random are of all users")
+    if a.label_users is not None and a.split != "user":
+        raise Refused(f"--label-users can't go with --split {a.split}: it takes the split by user")
     a.label_users = [part and int(part) for part in parts]
     return a
 
@@ -480,13 +489,15 @@ def main():
     tail = f"-{a.pool}" * (a.pool != "mean") + f"-s{a.seed}" * (a.seed > 0)
     jobs = [(count, "user", few_users(task.folds, task.users, count, a.seed) if count else task.folds)
             for count in a.label_users]
+    if a.split == "validation":
+        jobs = [(None, "validation", validation_folds(task.folds, task.users, a.seed))]
     if a.split == "window":
         jobs.append((None, "window", window_folds(task.folds, a.seed)))
     for count, split, folds in jobs:
-        name = f"{a.data}-{a.mode}{sensor}" + f"-u{count}" * bool(count) + "-window" * (split == "window") + tail
+        name = f"{a.data}-{a.mode}{sensor}" + f"-u{count}" * bool(count) + f"-{split}" * (split != "user") + tail
         made_from = {**task.made_from, "label_users": count, "split": split}
         if not is_done(folder / f"{name}.json", made_from):
-            started, done, groups = time.time(), [], task.users if split == "user" else np.arange(len(task.y))
+            started, done, groups = time.time(), [], np.arange(len(task.y)) if split == "window" else task.users
             if x is None and a.mode != "scratch":
                 x = batched(lambda windows: task.features(task.model, windows), task.windows_at, np.arange(len(task.y)))
             for train, test in folds:

@@ -1,6 +1,10 @@
 """What benchmarks time: build(width, depth, heads) -> module, module(windows (B, 6, 400)) -> loss, masks drawn anew each call."""
+import sys
+from pathlib import Path
+
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from model import MAE, draw_masks, forward_flops
 
 
