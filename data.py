@@ -93,6 +93,7 @@ SOURCES = {
     "pool": Source("the five corpora dsads motionsense sisfall uschad wedafall, unlabelled: 109 users", "pool"),
 }
 POOL = ("dsads", "motionsense", "sisfall", "uschad", "wedafall")
+SAME_PEOPLE = [{"ucihar", "hapt"}, {"wisdm_watch", "wisdm_phone"}]               # recorded with the same people
 CHECKSUMS = {"A_DeviceMotion_data.zip": "78f9957d9f4d0a4b6457461009e1f2e0453a872d"}  # git's name of the file
 
 
@@ -144,7 +145,8 @@ def provenance():
             return ""
         return subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True).stdout
     changed = "+" if git("status", "--porcelain", "--untracked-files=no").strip() else ""
-    versions = {name: metadata.version(name) for name in ("torch", "numpy", "scipy")}
+    there = {package.metadata["Name"]: package.version for package in metadata.distributions()}
+    versions = {name: there.get(name, "not installed") for name in ("torch", "numpy", "scipy")}
     return {"commit": git("rev-parse", "HEAD").strip() + changed, "python": platform.python_version(), **versions}
 
 
@@ -821,6 +823,10 @@ def load(name, root="data"):
     for key in ("rate", "seconds", "channels"):
         if any(meta[key] != metas[0][key] for meta in metas):
             raise Refused(f"{name} can't be pooled, their {key} differ: {[meta[key] for meta in metas]}")
+    for people in SAME_PEOPLE:
+        if len(twice := people & {meta["settings"]["source"] for meta in metas}) > 1:
+            raise Refused(f"{name} can't be pooled: {' and '.join(sorted(twice))} were recorded with the same people, "
+                          "so who is held out of one would be trained on in the other; take one of them")
     people = Counter(person for meta in metas for person in zip(meta["sources"], meta["users"]))
     if twice := [f"{user} of {source}" for (source, user), times in people.items() if times > 1]:
         raise Refused(f"{name} can't be pooled: {len(twice)} users are in several of them ({', '.join(twice[:3])} ...)")
@@ -894,7 +900,8 @@ def training_users(meta, seed):
               for source in sorted(set(meta["sources"]))]
     if not any(queues):
         raise Refused(f"all {len(meta['users'])} users of '{meta['name']}' are held out, 20 % of each source's and 2 "
-                      "at least; prepare more users (in a folder, what stands before a file name's first _ is the source)")
+                      "at least; prepare more users (in a folder, the part of a file name up to the first _ is the "
+                      "source)")
     queues = [queues[i] for i in rng.permutation(len(queues))]
     return [q[i] for i in range(max(map(len, queues))) for q in queues if i < len(q)]
 

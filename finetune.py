@@ -33,12 +33,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import Refused, command, held_out_users, load, provenance, replacing, write_json
+from data import SAME_PEOPLE, Refused, command, held_out_users, load, provenance, replacing, write_json
 from model import MAE, patchify
 from pretrain import choose_device, choose_precision, digest, keep_memory, load_run, select_sensors, standardise
 
 PENALTIES = [3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5]     # L2, strongest first
-SAME_PEOPLE = [{"ucihar", "hapt"}, {"wisdm_watch", "wisdm_phone"}]
 LOOKS = {"probe": ("#0072B2", "o"), "tune": ("#009E73", "s"), "scratch": ("#D55E00", "D"), "random": ("#777777", "^")}
 
 
@@ -423,9 +422,9 @@ def parse_flags():
     g = p.add_argument_group("who is tested")
     g.add_argument("--label-users", metavar="K", help="train on K labelled users only; 1,2,4: on so many, one after "
                    "the other. Draws the curve of all such results. default: all training users")
-    g.add_argument("--split", choices=["user", "validation", "window"], default="user", help="validation: training users "
-                   "only, some tested on the others, to choose between runs or flags. window: windows drawn at random, test "
-                   "users in training. No result: it shows what that leak is worth, beside the honest score")
+    g.add_argument("--split", choices=["user", "validation", "window"], default="user", help="validation: training "
+                   "users only, some tested on the others: to choose runs or flags by. window: windows drawn at "
+                   "random, test users in training: no result, but what that leak is worth beside the honest score")
     g.add_argument("--seed", type=int, default=0, help="draws folds, users set aside, labelled users, first weights")
     g = p.add_argument_group("tune and scratch")
     g.add_argument("--lr", type=float, help="learning rate. default: 0.0003 for tune, 0.001 for scratch")

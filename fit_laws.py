@@ -310,8 +310,8 @@ def resample(table, x, B, rng):
     Rows are drawn with replacement, or, with a column `group`, whole groups (in each `stratum`, if there is one): runs
     whose errors go together, as those of a seed, which share users and weights. Few groups say little about their own
     spread, so it is widened as for the mean of a few values: S groups in T strata, d = S - T, by sqrt(S / d) t_d / 1.96
-    (the slow test of tests/test_laws.py measures what that does). Resamples with less than three values of a factor are drawn again;
-    where hardly any has three, rows are drawn after all.
+    (results/coverage.md has what that does). Resamples with less than three values of a factor are drawn again; where
+    hardly any has three, rows are drawn after all.
     """
     n = len(table[x[0]])
     levels = [np.unique(table[name], return_inverse=True)[1] for name in x]
@@ -591,9 +591,9 @@ def numbers(rows, name):
 
 
 def group_by(table, seeds, users=()):
-    """Give `table` the groups to resample: whole seeds from three up. Two make but three different tables: then a grid's
-    draws of `users` (seed x users, among those of one count), else rows, which leave out of the intervals what the runs
-    of a seed share; as they do where there is one seed."""
+    """Give `table` the groups to resample: whole seeds from three up. Two make but three different tables: then a
+    grid's draws of `users` (seed x users, among those of one count), else rows, which leave out of the intervals what
+    the runs of a seed share; as they do where there is one seed."""
     if len(set(seeds)) > 2:
         table["group"] = np.array(seeds)
     elif len(set(seeds)) == 2 and len(users):

@@ -19,6 +19,7 @@ What differs from the textbook MAE (He et al. 2021):
 """
 import argparse
 import math
+import re
 
 import torch
 import torch.nn as nn
@@ -45,8 +46,8 @@ def visible_tokens(tokens, mask_ratio):
 def draw_masks(batch, sensors, steps, mask_ratio, masking="patch", generator=None):
     """Draw which of the N = sensors x steps tokens are visible: keep (B, K) and masked (B, M), indices into N.
 
-    masking: "patch" draws each token alone (He et al. 2021), "time" hides a time step in all sensors at once, "span" hides
-    stretches of 4 patches (as LIMU-BERT, Xu et al. 2021). All hide the same number of tokens.
+    masking: "patch" draws each token alone (He et al. 2021), "time" hides a time step in all sensors at once, "span"
+    hides stretches of 4 patches (as LIMU-BERT, Xu et al. 2021). All hide the same number of tokens.
     """
     if masking == "patch":
         noise = torch.rand(batch, sensors, steps, generator=generator)
@@ -64,16 +65,17 @@ def draw_masks(batch, sensors, steps, mask_ratio, masking="patch", generator=Non
 
 # ---------------------------------------------------------------- positions
 def rotary_table(steps, head_width):
-    """The turn of each time step, complex (G, Dh/2): exp(i w t) (Su et al. 2021), with w from pi rad a patch, the fastest
-    that a row of patches can show, down a hundredfold. The scale 1/sqrt(Dh) of q @ k is folded in, half into each."""
+    """The turn of each time step, complex (G, Dh/2): exp(i w t) (Su et al. 2021), with w from pi rad a patch, the
+    fastest that a row of patches can show, down a hundredfold. The scale 1/sqrt(Dh) of q @ k is folded in, half into
+    each."""
     pairs = head_width // 2
     w = math.pi * 100.0 ** -(torch.arange(pairs) / pairs)
     return torch.polar(torch.tensor(head_width ** -0.25), torch.arange(steps)[:, None] * w)
 
 
 def rotate(x, turn):
-    """Turn the feature pairs of x (B, H, K, Dh) by `turn` (B, 1, K, Dh/2): q @ k then depends on the time between two tokens,
-    not on where in the window they lie. One complex product: a third of the memory traffic of four real ones."""
+    """Turn the feature pairs of x (B, H, K, Dh) by `turn` (B, 1, K, Dh/2): q @ k then depends on the time between two
+    tokens, not on where in the window they lie. One complex product: a third of the traffic of four real ones."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
 
@@ -127,12 +129,12 @@ class MAE(nn.Module):
     Raises Refused for a shape that can't be built.
     """
 
-    def __init__(self, width, depth, heads, patch=5, sensors=2, steps=40, decoder_width=64, decoder_depth=1, decoder_heads=4,
-                 positions="rotary"):
+    def __init__(self, width, depth, heads, patch=5, sensors=2, steps=40, decoder_width=64, decoder_depth=1,
+                 decoder_heads=4, positions="rotary"):
         super().__init__()
         for w, h in ((width, heads), (decoder_width, decoder_heads)):
             if w % h or (w // h) % 2:
-                raise Refused(f"{h} heads don't divide a width of {w} into even parts: choose heads so that width / heads is even")
+                raise Refused(f"{h} heads don't divide a width of {w} into even parts: choose an even width / heads")
         self.patch, self.sensors, self.steps = patch, sensors, steps
         self.embed = nn.Linear(3 * patch, width, bias=False)
         self.sensor = nn.Embedding(sensors, width)
@@ -147,15 +149,15 @@ class MAE(nn.Module):
         self.place(positions, "decoder", decoder_width, decoder_heads)
         for table in (self.sensor, self.mask_token):
             nn.init.normal_(table.weight, std=0.02)
-        for block in [*self.blocks, *self.decoder]:              # each block starts as the identity: early steps go further
+        for block in [*self.blocks, *self.decoder]:              # starts as the identity: early steps go further
             nn.init.zeros_(block.attention.out.weight)
             nn.init.zeros_(block.down.weight)
 
     def place(self, positions, part, width, heads):
-        """Give `part` its two tables of time: what turns queries and keys (G, Dh/2), and what is added to tokens (G, D)."""
+        """Give `part` its tables of time: what turns queries and keys (G, Dh/2), what is added to tokens (G, D)."""
         turns, added = rotary_table(self.steps, width // heads), torch.zeros(self.steps, width)
         if positions != "rotary":
-            turns = torch.full_like(turns, (width // heads) ** -0.25)                            # no turn, only the scale
+            turns = torch.full_like(turns, (width // heads) ** -0.25)                            # only the scale
             added = sincos_table(self.steps, width)
         self.register_buffer(f"{part}_turns", turns, persistent=False)
         if positions == "learned":
@@ -195,8 +197,8 @@ class MAE(nn.Module):
         return F.mse_loss(predicted.float(), pick(x, masked))
 
     def features(self, x):
-        """What a probe sees: windows (B, C, T) -> latents (B, S, G, D) of every patch, none masked. T may differ from the
-        windows the model was trained on; added positions end at the trained number of steps."""
+        """What a probe sees: windows (B, C, T) -> latents (B, S, G, D) of every patch, none masked. T may differ from
+        the windows the model was trained on; added positions end at the trained number of steps."""
         tokens = patchify(x, self.patch)
         B, S, G, _ = tokens.shape
         index = torch.arange(S * G, device=x.device).expand(B, -1)
@@ -210,8 +212,8 @@ def take(tokens, index):
 
 
 def baseline_loss(x, keep, masked, patch):
-    """What a model must beat: the loss of predicting, channel by channel, the mean of the window's visible patches (0 for a
-    sensor that shows none). x (B, C, T) -> squared errors (B, M, 3P)."""
+    """What a model must beat: the loss of predicting, channel by channel, the mean of the window's visible patches (0
+    for a sensor that shows none). x (B, C, T) -> squared errors (B, M, 3P)."""
     tokens = patchify(x, patch)
     B, S, G, _ = tokens.shape
     seen = torch.zeros(B, S * G, device=x.device).scatter_(1, keep, 1.0).view(B, S, G, 1, 1)
@@ -230,8 +232,8 @@ def parameters(model):
 
 
 def forward_flops(width, depth, patch, sensors, steps, mask_ratio, decoder_width, decoder_depth):
-    """FLOPs of one window's forward pass, two a multiply-add, matrix products only. A training step costs three times that:
-    the backward pass has a product for the gradient of each factor."""
+    """FLOPs of one window's forward pass, two a multiply-add, matrix products only. A training step costs three times
+    that: the backward pass has a product for the gradient of each factor."""
     N = sensors * steps
     K, D, E = visible_tokens(N, mask_ratio), width, decoder_width
     M = N - K
@@ -244,18 +246,24 @@ def forward_flops(width, depth, patch, sensors, steps, mask_ratio, decoder_width
 def main():
     flags = argparse.ArgumentParser(description="The architectures of a grid: parameters, FLOPs, tokens.",
                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    flags.add_argument("--models", nargs="+", default=GRID, metavar="WxDxH", help="architectures: width x depth x heads")
+    flags.add_argument("--models", nargs="+", default=GRID, metavar="WxDxH", help="width x depth x heads of each")
     flags.add_argument("--patch", type=int, default=5, help="samples a patch, at 20 Hz: half as long, twice the tokens")
     flags.add_argument("--mask-ratio", type=float, default=0.75, help="share of the tokens that the encoder never sees")
     flags.add_argument("--samples", type=int, default=200, help="samples a window")
     a = flags.parse_args()
+    wrong = [name for name in a.models if not re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", name)]
+    if wrong or not 1 <= a.patch <= a.samples or not 0 < a.mask_ratio < 1:
+        raise Refused(f"--models {' '.join(wrong)}: write width x depth x heads, such as 64x3x4" if wrong else
+                      "choose a --patch of 1 to --samples and a --mask-ratio between 0 and 1")
     steps = a.samples // a.patch
-    print(f"{'model':>10s} {'parameters':>11s} {'encoder':>11s} {'tokens':>7s} {'visible':>8s} {'MFLOP a window and training step':>33s}")
+    print(f"{'model':>10s} {'parameters':>11s} {'encoder':>11s} {'tokens':>7s} {'visible':>8s}"
+          f"{'MFLOP a window and training step':>34s}")
     for name in a.models:
         width, depth, heads = map(int, name.split("x"))
         total, encoder = parameters(MAE(width, depth, heads, a.patch, steps=steps))
         flops = 3 * forward_flops(width, depth, a.patch, 2, steps, a.mask_ratio, 64, 1)
-        print(f"{name:>10s} {total:11,d} {encoder:11,d} {2 * steps:7d} {visible_tokens(2 * steps, a.mask_ratio):8d} {flops / 1e6:33.2f}")
+        visible = visible_tokens(2 * steps, a.mask_ratio)
+        print(f"{name:>10s} {total:11,d} {encoder:11,d} {2 * steps:7d} {visible:8d}{flops / 1e6:34.2f}")
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ Pre-training: one cell of the grid. A number of users, hours of each, an archite
     python pretrain.py --data pool --users 16 --hours-per-user 0.1 --width 128 --depth 4 --heads 4 --out runs/u16
     torchrun --nproc_per_node=2 pretrain.py --data pool --out runs/two           # one cell over two processes
 
-The same command again goes on where it was, to the same bits: what is random at step t (batch, masks) is drawn from (seed, t)
-alone, so a checkpoint holds no random state and a run over N processes sees the same batches and masks as a run over one.
+The same command again goes on where it was, to the same bits: what is random at step t (batch, masks) is drawn from
+(seed, t) alone, so a checkpoint holds no random state, and N processes see the same batches and masks as one.
 """
 import os
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")              # before torch: idle threads sleep, cells side by side share cores
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")              # before torch: idle threads sleep, cells share cores
 import argparse, ctypes, fcntl, functools, hashlib, io, json, math, platform, signal, sys, time
 from pathlib import Path
 
@@ -23,24 +23,25 @@ from data import Refused, command, draw_windows, held_out_users, load, provenanc
 from model import MAE, baseline_loss, draw_masks, forward_flops, parameters
 
 BUSY = 75                                                        # exit status: another process works on this run
-SCALE = {"acc": 0.7, "gyro": 1.05}                               # g, rad/s: what signals are divided by, in every set and cell
+SCALE = {"acc": 0.7, "gyro": 1.05}                               # g, rad/s: what signals are divided by, in every cell
 EVALUATED = 64                                                   # evaluation windows a held-out user, at most
 LEARNING_RATE = {"muon": 0.02, "adamw": 0.003}                  # peaks, for all widths: matrices, or all with AdamW
 
 
 # ---------------------------------------------------------------- what a cell sees
 def select_sensors(channels, sensors):
-    """Positions of the channels of `sensors` ("both", "acc" or "gyro"). Raises Refused where the set hasn't got them."""
+    """Positions of the channels of `sensors` ("both", "acc" or "gyro"). Raises Refused where the set lacks them."""
     wanted = ["acc", "gyro"] if sensors == "both" else [sensors]
     chosen = [i for i, name in enumerate(channels) if name.split("_")[0] in wanted]
     if len(chosen) != 3 * len(wanted):
-        raise Refused(f"the data set has the channels {', '.join(channels)}, not those of --sensors {sensors}: choose another")
+        raise Refused(f"the data set has the channels {', '.join(channels)}, not those of --sensors {sensors}: choose "
+                      "another")
     return chosen
 
 
 def standardise(windows, channels):
-    """(n, C, T) float16 in g and rad/s -> float32, divided by 0.7 g and 1.05 rad/s, nothing subtracted: gravity stays, and a
-    loss means the same in every set and cell."""
+    """(n, C, T) float16 in g and rad/s -> float32, divided by 0.7 g and 1.05 rad/s, nothing subtracted: gravity stays,
+    and a loss means the same in every set and cell."""
     scale = torch.tensor([1 / SCALE[name.split("_")[0]] for name in channels], device=windows.device)
     return windows.float() * scale[:, None]
 
@@ -58,13 +59,13 @@ def batch_rows(step, n, batch, seed):
 
 
 def held_out_windows(prepared, users, most):
-    """Rows of the evaluation windows: of each user at most `most`, evenly over the recordings, so that people weigh alike."""
+    """Rows of the evaluation windows: at most `most` a user, evenly over the recordings, so that people weigh alike."""
     mine = [np.flatnonzero(prepared.users == user) for user in users]
     return np.concatenate([rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)] for rows in mine])
 
 
 def seeded_masks(batch, config, *seed):
-    """Masks of a batch, a function of the numbers `seed` alone: the same on every device and for any number of processes."""
+    """Masks of a batch, a function of the numbers `seed` alone: the same on any device, for any number of processes."""
     generator = torch.Generator().manual_seed(int(np.random.default_rng(seed).integers(2 ** 62)))
     model, task = config["model"], config["training"]
     return draw_masks(batch, model["sensors"], model["steps"], task["mask_ratio"], task["masking"], generator)
@@ -104,10 +105,12 @@ def evaluate(model, held, normalise):
 def train(model, forward, optimizers, batch_at, held, a, state, save, stopped):
     """From state["step"] to the last step, or to the next if `stopped()`; state["history"] gets a line each evaluation.
 
-    `forward` is the model as it is called in training (compiled, over several processes), `batch_at(step)` gives (windows,
-    keep, masked), `save()` keeps `state`. Raises Refused, with the last good checkpoint kept, where the loss is no number.
+    `forward` is the model as it is called in training (compiled, over several processes), `batch_at(step)` gives
+    (windows, keep, masked), `save()` keeps `state`. Raises Refused, with the last good checkpoint kept, where the loss
+    is no number.
     """
     device, normalise, began, saved = held[0][0].device, a.target == "window", time.monotonic(), time.monotonic()
+    kept = "choose a lower --lr; the last good checkpoint is kept"
     marks = {round(i * a.steps / a.evaluations) for i in range(1, a.evaluations + 1)}
     before, first, unread, stop = state["seconds"], state["step"], [], False
     while state["step"] < a.steps and not stop:
@@ -127,27 +130,25 @@ def train(model, forward, optimizers, batch_at, held, a, state, save, stopped):
             values = torch.stack(unread).tolist()
             for i, value in enumerate(values):
                 if not math.isfinite(value):
-                    raise Refused(f"the loss is {value} at step {state['step'] - len(values) + i + 1}: choose a lower --lr; the "
-                                  "last good checkpoint is kept")
+                    raise Refused(f"the loss is {value} at step {state['step'] - len(values) + i + 1}: {kept}")
             state["recent"] += values
             unread.clear()
             state["seconds"] = before + time.monotonic() - began
         if mark:
             choose, measure = evaluate(model, held, normalise)
             if not math.isfinite(choose + measure):
-                raise Refused(f"the held-out loss is {choose + measure} after step {state['step']}: choose a lower --lr; the last "
-                              "good checkpoint is kept")
+                raise Refused(f"the held-out loss is {choose + measure} after step {state['step']}: {kept}")
             if not state["history"] or choose < min(line["choose"] for line in state["history"]):
                 state["best"] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-            state["history"].append({"step": state["step"], "train_loss": sum(state["recent"]) / len(state["recent"]),
-                                     "choose": choose, "loss": measure, "seconds": round(state["seconds"], 1)})
-            state["recent"] = []
+            recent, state["recent"] = sum(state["recent"]) / len(state["recent"]), []
+            state["history"].append({"step": state["step"], "train_loss": recent, "choose": choose, "loss": measure,
+                                     "seconds": round(state["seconds"], 1)})
             speed = (state["step"] - first) / (time.monotonic() - began)
-            print(f"step {state['step']:6d}/{a.steps}  train {state['history'][-1]['train_loss']:.4f}  held-out {measure:.4f}  "
+            print(f"step {state['step']:6d}/{a.steps}  train {recent:.4f}  held-out {measure:.4f}  "
                   f"{speed * a.batch:7,.0f} windows/s  {clock((a.steps - state['step']) / speed)} left", flush=True)
         if due or state["step"] == a.steps or stop:
             if not all(p.isfinite().all() for p in model.parameters()):
-                raise Refused(f"a weight is no number after step {state['step']}: choose a lower --lr; the last good checkpoint is kept")
+                raise Refused(f"a weight is no number after step {state['step']}: {kept}")
             save()
             saved = time.monotonic()
 
@@ -167,8 +168,8 @@ def digest(state):
 
 
 def save_checkpoint(run, state):
-    """Write to a temporary name, then rename; the checkpoint before stays as checkpoint.prev.pt. OSError on a full disk."""
-    content = io.BytesIO()                                       # a full disk shows as OSError; torch's own writer hides it
+    """Write to a temporary name, then rename; the one before stays as checkpoint.prev.pt. OSError on a full disk."""
+    content = io.BytesIO()                                       # torch's own writer would hide that the disk is full
     torch.save({**state, "digest": digest(state)}, content)
     with replacing(run / "checkpoint.pt") as temporary:
         temporary.write_bytes(content.getbuffer())
@@ -192,8 +193,17 @@ def load_checkpoint(run, device="cpu"):
         except Exception as error:                               # torch raises whatever its zip reader and unpickler do
             damaged.append(f"{name} ({type(error).__name__})")
     if damaged:
-        raise Refused(f"no checkpoint in {run} can be read: {', '.join(damaged)}; delete the folder to start this run anew")
+        raise Refused(f"no checkpoint in {run} can be read: {', '.join(damaged)}; delete the folder to start anew")
     return None
+
+
+def read_json(path, *keys):
+    """The JSON object at `path`, with `keys`. Raises Refused where it is damaged."""
+    try:
+        content = json.loads(path.read_text())
+        return {**content, **{key: content[key] for key in keys}}
+    except (ValueError, TypeError, KeyError):
+        raise Refused(f"{path} is damaged: put it back, or delete its folder to start this run anew") from None
 
 
 def load_run(run):
@@ -204,9 +214,10 @@ def load_run(run):
     state = load_checkpoint(run)
     if state is None:
         raise Refused(f"{run} has no checkpoint yet: let pretrain.py finish it")
-    config = json.loads((run / "config.json").read_text())
+    config = read_json(run / "config.json", "data", "model", "training")
     if config["model"] != state["config"]["model"]:
-        raise Refused(f"the checkpoint in {run} is of another architecture than its config.json: {state['config']['model']}")
+        raise Refused(f"the checkpoint in {run} is of another architecture than its config.json says: "
+                      f"{state['config']['model']}")
     if not state["best"]:
         raise Refused(f"{run} was stopped before its first evaluation: let pretrain.py finish it")
     model = MAE(**config["model"])
@@ -244,7 +255,8 @@ def choose_device(name):
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise Refused(f"--device {name} can't be used ({str(error).splitlines()[0]}): leave it out to take what is there") from None
+        raise Refused(f"--device {name} can't be used ({str(error).splitlines()[0]}): leave it out to take what is "
+                      "there") from None
 
 
 def choose_precision(name, device):
@@ -279,36 +291,40 @@ def parse_flags():
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     g = p.add_argument_group("data: how many people, how long each")
     g.add_argument("--data", default="simulated", help="prepared set, or several pooled: a+b+c")
-    g.add_argument("--users", type=int, help="training users, drawn in turn from all sources; default: all that aren't held out")
+    g.add_argument("--users", type=int, help="training users, taken in turn from all sources; default: all there are")
     g.add_argument("--hours-per-user", type=float, help="at most this much of each user's recordings; default: all")
-    g.add_argument("--sensors", choices=["both", "acc", "gyro"], default="both", help="one sensor alone: half the tokens")
+    g.add_argument("--sensors", choices=["both", "acc", "gyro"], default="both", help="one alone: half the tokens")
     g = p.add_argument_group("model")
     g.add_argument("--width", type=int, default=64, help="features a token: parameters grow with its square")
     g.add_argument("--depth", type=int, default=3, help="encoder blocks")
     g.add_argument("--heads", type=int, default=4, help="attention heads; width / heads must be even")
     g.add_argument("--patch", type=int, default=5, help="samples a token (20 a second): half as long, twice the tokens")
-    g.add_argument("--positions", choices=["rotary", "sincos", "learned"], default="rotary", help="how tokens know their time")
+    g.add_argument("--positions", choices=["rotary", "sincos", "learned"], default="rotary",
+                   help="how tokens know their time")
     g.add_argument("--decoder-width", type=int, default=64, help="features a token in the decoder")
     g.add_argument("--decoder-depth", type=int, default=1, help="decoder blocks")
     g = p.add_argument_group("task")
     g.add_argument("--mask-ratio", type=float, default=0.75, help="share of tokens hidden: more is harder, and cheaper")
-    g.add_argument("--masking", choices=["patch", "time", "span"], default="patch", help="hide patches, time steps or stretches")
-    g.add_argument("--target", choices=["raw", "window"], default="raw", help="standardised signal, or normalised by window")
+    g.add_argument("--masking", choices=["patch", "time", "span"], default="patch",
+                   help="hide patches, time steps or stretches")
+    g.add_argument("--target", choices=["raw", "window"], default="raw",
+                   help="standardised signal, or normalised by window: better features, a loss that compares with none")
     g = p.add_argument_group("optimisation")
     g.add_argument("--steps", type=int, default=2000, help="updates; the learning rate falls to zero at the last")
     g.add_argument("--batch", type=int, default=128, help="windows an update, over all processes")
-    g.add_argument("--optimizer", choices=["muon", "adamw"], default="muon", help="muon: for the blocks' matrices, AdamW the rest")
-    g.add_argument("--lr", type=float, help="peak learning rate (of the matrices, with muon); default: from the table in this file")
+    g.add_argument("--optimizer", choices=["muon", "adamw"], default="muon",
+                   help="muon: for the blocks' matrices, AdamW for the rest")
+    g.add_argument("--lr", type=float, help="peak learning rate (of the matrices, with muon); default: from this file")
     g.add_argument("--weight-decay", type=float, default=0.05, help="pull of all weights to zero")
     g.add_argument("--seed", type=int, default=0, help="draws users, windows, weights, batches and masks")
     g = p.add_argument_group("machine")
     g.add_argument("--device", default="auto", help="cpu, cuda, mps; auto takes the fastest there is")
-    g.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="bf16: matrix products in half "
-                   "precision, 1.4 times faster for the same loss; auto takes it where the processor can")
-    g.add_argument("--compile", action="store_true", help="torch.compile: up to a minute before the first step, then faster")
+    g.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="bf16: matrix products in "
+                   "half precision, 1.4 times faster for the same loss; auto takes it where the processor can")
+    g.add_argument("--compile", action="store_true", help="torch.compile: a minute before the first step, then faster")
     g.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
     g = p.add_argument_group("run")
-    g.add_argument("--evaluations", type=int, default=20, help="how often the held-out loss is taken; one is the best step")
+    g.add_argument("--evaluations", type=int, default=20, help="how often the held-out loss is taken; the best counts")
     g.add_argument("--out", default="runs/pretrain", help="folder of this run; the same command goes on in it")
     a = p.parse_args()
     if a.seed < 0:
@@ -319,15 +335,16 @@ def parse_flags():
 def check_flags(a, prepared, trainable, world):
     """Raise Refused, with a sentence, for what can't be run."""
     samples = prepared.windows.shape[2]
-    for name, low in (("users", 1), ("width", 2), ("depth", 1), ("heads", 1), ("patch", 1), ("decoder_width", 2), ("batch", 1),
-                      ("decoder_depth", 1), ("steps", 1), ("evaluations", 1), ("threads", 0)):
+    for name, low in (("users", 1), ("width", 2), ("depth", 1), ("heads", 1), ("patch", 1), ("decoder_width", 2),
+                      ("decoder_depth", 1), ("batch", 1), ("steps", 1), ("evaluations", 1), ("threads", 0)):
         if getattr(a, name) is not None and getattr(a, name) < low:
             raise Refused(f"--{name.replace('_', '-')} {getattr(a, name)} is too small: {low} at least")
     if a.users and a.users > len(trainable):
         raise Refused(f"--users {a.users} is more than the {len(trainable)} training users of {a.data} "
                       f"({len(prepared.meta['users'])} less those held out)")
     if a.hours_per_user is not None and not prepared.meta["seconds"] <= a.hours_per_user * 3600 < math.inf:
-        raise Refused(f"--hours-per-user {a.hours_per_user} is not a time of one window ({prepared.meta['seconds']} s) or more")
+        raise Refused(f"--hours-per-user {a.hours_per_user} is not a time of one window "
+                      f"({prepared.meta['seconds']} s) or more")
     if samples % a.patch:
         raise Refused(f"--patch {a.patch} doesn't divide the window of {samples} samples: choose a divisor")
     tokens = samples // a.patch * (2 if a.sensors == "both" else 1)
@@ -355,15 +372,15 @@ def result_of(a, config, state, users, hours, windows, baseline, model, device):
     """The flat result of a finished run, as the grid's table has it."""
     best, shape = min(state["history"], key=lambda line: line["choose"]), config["model"]
     total, encoder = parameters(model)
-    flops = 3 * forward_flops(a.width, a.depth, a.patch, shape["sensors"], shape["steps"], a.mask_ratio, a.decoder_width,
-                              a.decoder_depth) * a.steps * a.batch
+    flops = 3 * a.steps * a.batch * forward_flops(a.width, a.depth, a.patch, shape["sensors"], shape["steps"],
+                                                  a.mask_ratio, a.decoder_width, a.decoder_depth)
     return {"loss": best["loss"], "loss_last": state["history"][-1]["loss"], "loss_choose": best["choose"],
             "baseline_loss": baseline, "best_step": best["step"], **shape, **config["training"],
-            "users": users, "hours": hours, "hours_per_user": hours / users, "hours_cap": a.hours_per_user, "windows": windows,
-            "params": total, "params_encoder": encoder, "data": a.data, "fingerprint": config["data"]["fingerprint"],
-            "seconds": round(state["seconds"], 2), "flops": flops,
-            "windows_per_second": round(a.steps * a.batch / max(state["seconds"], 1e-9), 1), "device": describe_device(device),
-            "versions": provenance()}
+            "users": users, "hours": hours, "hours_per_user": hours / users, "hours_cap": a.hours_per_user,
+            "windows": windows, "params": total, "params_encoder": encoder, "data": a.data,
+            "fingerprint": config["data"]["fingerprint"], "seconds": round(state["seconds"], 2), "flops": flops,
+            "windows_per_second": round(a.steps * a.batch / max(state["seconds"], 1e-9), 1),
+            "device": describe_device(device), "versions": provenance()}
 
 
 def main():
@@ -387,12 +404,12 @@ def main():
     if rank == 0:
         held_lock = lock(run)                                    # open, so held, until this process ends
     if (run / "config.json").exists():
-        changed = differences(json.loads((run / "config.json").read_text()), config)
+        changed = differences(read_json(run / "config.json", "data", "model", "training"), config)
         if changed:
             raise Refused(f"{run} holds another run ({changed}): choose another --out, or delete that folder")
     if (run / "result.json").exists():                           # all processes leave, or one would wait for the others
         if rank == 0:
-            print(f"{run} is done: loss {json.loads((run / 'result.json').read_text())['loss']:.4f}")
+            print(f"{run} is done: loss {read_json(run / 'result.json', 'loss')['loss']:.4f}")
         return
     if rank == 0 and not (run / "config.json").exists():
         write_json(run / "config.json", config)
@@ -457,16 +474,19 @@ def main():
     except (MemoryError, RuntimeError) as error:                 # torch says it differently on a CPU and on a GPU
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        raise Refused(f"out of memory on {device}: lower --batch, --width or --depth, or take --precision bf16") from None
+        raise Refused(f"out of memory on {device}: lower --batch, --width or --depth, or take --precision "
+                      "bf16") from None
     if got and state["step"] < a.steps:
-        print(f"stopped at step {state['step']} of {a.steps} and saved: the same command goes on from there", file=sys.stderr)
+        print(f"stopped at step {state['step']} of {a.steps} and saved: the same command goes on from there",
+              file=sys.stderr)
         sys.exit(128 + got[0])
     if rank == 0:
         hours = len(rows) * prepared.meta["seconds"] / 3600
-        write_json(run / "result.json", result_of(a, config, state, len(users), hours, len(rows), baseline, model, device))
+        result = result_of(a, config, state, len(users), hours, len(rows), baseline, model, device)
+        write_json(run / "result.json", result)
         (run / "checkpoint.prev.pt").unlink(missing_ok=True)
-        best = min(state["history"], key=lambda line: line["choose"])
-        print(f"done: loss {best['loss']:.4f} at step {best['step']} (baseline {baseline:.4f}), {clock(state['seconds'])} of training")
+        print(f"done: loss {result['loss']:.4f} at step {result['best_step']} (baseline {baseline:.4f}), "
+              f"{clock(state['seconds'])} of training")
     if world > 1:
         dist.destroy_process_group()
 
