@@ -4,20 +4,21 @@
 #   data.py -> pretrain.py, a run a cell -> finetune.py, a probe a benchmark -> fit_laws.py: table, laws, figures
 #
 #   bash sweep.sh                          # the whole study, small, on the simulated population
-#   DATA=pool PROBES="ucihar wisdm_watch" USERS="4 8 16 all" HOURS="0.05 0.1 all" SEEDS="0 1" OUT=runs/pool bash sweep.sh
-#   bash sweep.sh --list                   # a line a cell: done, running, failed or to do; time left; its exact commands
+#   DATA=pool PROBES="ucihar wisdm_watch" USERS="4 8 16 all" HOURS="0.1 all" SEEDS="0 1" OUT=runs/pool bash sweep.sh
+#   bash sweep.sh --list                   # a line a cell: done, running, failed or to do; time left; its commands
 #   sbatch --array=1-N sweep.sh            # the same cells as a Slurm job array; N is the number of lines of --list
 #
-# Stop it, kill it, start it again or twice at once: what is done is skipped, what was cut off goes on where it was, what
-# another sweep works on is waited for, what failed before is tried once more. A cell is done when these very commands
-# have finished on these very data (OUT/CELL/commands says which did); pretrain.py refuses to go on with a run of other
-# flags. What a cell says stands in OUT/CELL/log.txt. The last task of a job array to end fits the laws; `bash sweep.sh`
-# does, too. Exit status: 0 if every cell is done, 1 if not or if the fit failed, 2 for a grid that makes no sense.
+# Stop it, kill it, start it again or twice at once: what is done is skipped, what was cut off goes on where it was,
+# what another sweep works on is waited for, what failed before is tried once more. A cell is done when these very
+# commands have finished on these very data (OUT/CELL/commands says which did); pretrain.py refuses to go on with a run
+# of other flags. What a cell says stands in OUT/CELL/log.txt. The last task of a job array to end fits the laws;
+# `bash sweep.sh` does, too. Exit status: 0 if every cell is done, 1 if not or if the fit failed, 2 for a grid that
+# makes no sense.
 
 #SBATCH --requeue --open-mode=append
 #SBATCH --signal=B:USR1@60
 # Each of these is a variable of the environment; what stands here is the default.
-DATA=${DATA:-simulated}                           # a prepared set, or several pooled (a+b); prepared here if data.py knows it
+DATA=${DATA:-simulated}                           # a prepared set, or several pooled (a+b); made if it isn't there
 if [ "$DATA" = simulated ]; then PROBES=${PROBES-simulated} FLAGS=${FLAGS---batch 64 --evaluations 10}; fi
 PROBES=${PROBES-}                                 # labelled sets to probe on; "" for none
 users=(${USERS:-4 8 16 32})                       # training users, or `all`
@@ -29,13 +30,16 @@ FLAGS=${FLAGS:-}                                  # more flags for every pretrai
 OUT=${OUT:-runs/$DATA}                            # a folder a cell in here
 RESULTS=${RESULTS:-results/$(basename "$OUT")}    # the table, laws.json and the figures
 cores=${SLURM_CPUS_ON_NODE:-$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}
-JOBS=${JOBS:-$cores}                              # cells side by side: two of one thread do 1.5 times the work of one of two
+JOBS=${JOBS:-$cores}                              # cells side by side: two of one thread outdo one of two
 THREADS=${THREADS:-}                              # of each cell; by default the cores are shared out
 # ---------------------------------------------------------------- the cells
 set -f                                            # words are words, never file patterns
 code=$(dirname "$0")                              # Slurm runs a copy of this script, and knows of what
-[ -f "$code/pretrain.py" ] || code=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n '/Command=/{s/^ *Command=\([^ ]*\).*/\1/p;q;}')")
-PYTHON=${PYTHON:-$(for p in ${VIRTUAL_ENV:+python} "$code/.venv/bin/python" python python3; do command -v "$p" && break; done)}
+[ -f "$code/pretrain.py" ] || code=$(dirname "$(scontrol show job "$SLURM_JOB_ID" |
+    sed -n '/Command=/{s/^ *Command=\([^ ]*\).*/\1/p;q;}')")
+PYTHON=${PYTHON:-$(for p in ${VIRTUAL_ENV:+python} "$code/.venv/bin/python" python python3; do
+    command -v "$p" && break
+done)}
 
 refuse() { echo "sweep.sh: $1" >&2; exit 2; }
 every() {                                         # name, what its words must be, as a regular expression, the words
@@ -62,7 +66,8 @@ done; done; done; done
 cells=("${grid[@]}")                              # those to work on here
 if [ -n "$SLURM_ARRAY_TASK_ID" ]; then
     [ "$SLURM_ARRAY_TASK_ID" -ge 1 ] && [ "$SLURM_ARRAY_TASK_ID" -le ${#grid[@]} ] ||
-        refuse "task $SLURM_ARRAY_TASK_ID of the job array has no cell: the grid has ${#grid[@]}, so sbatch --array=1-${#grid[@]}"
+        refuse "task $SLURM_ARRAY_TASK_ID of the job array has no cell: the grid has ${#grid[@]}, so sbatch \
+--array=1-${#grid[@]}"
     cells=("${grid[SLURM_ARRAY_TASK_ID - 1]}") JOBS=1
 fi
 probes=($PROBES) THREADS=${THREADS:-$((cores > JOBS ? cores / JOBS : 1))}
@@ -73,7 +78,8 @@ fingerprints() {                                  # of the data, then of each pr
     local set
     prints=()
     for set in "$DATA" "${probes[@]}"; do
-        prints+=("$(sed -n 's/.*"fingerprint": "\([0-9a-f]*\)".*/\1/p' $(printf "data/%s/meta.json " ${set//+/ }) 2>/dev/null | tr '\n' ' ')")
+        prints+=("$(sed -n 's/.*"fingerprint": "\([0-9a-f]*\)".*/\1/p' \
+            $(printf "data/%s/meta.json " ${set//+/ }) 2>/dev/null | tr '\n' ' ')")
     done
 }
 pretraining() {                                   # cell -> dir; words: the command; key: what makes it another command
@@ -90,9 +96,10 @@ probing() {                                       # number of a probe -> words, 
     words=("$PYTHON" "$code/finetune.py" "$dir" --data "${probes[$1]}" --mode probe)
     key="finetune.py --data ${probes[$1]} --mode probe # ${prints[$1 + 1]}"
 }
-has_run() {                                       # file: `key` is among the commands that finished, and its file is there
+has_run() {                                       # file: it is there, and `key` is among the commands that finished
     local line
-    [ -s "$1" ] && [ -f "$dir/commands" ] && while IFS= read -r line; do [ "$line" = "$key" ] && return; done < "$dir/commands"
+    [ -s "$1" ] && [ -f "$dir/commands" ] || return
+    while IFS= read -r line; do [ "$line" = "$key" ] && return; done < "$dir/commands"
     return 1
 }
 finished() {                                      # cell
@@ -112,7 +119,7 @@ import collections, fcntl, sys
 def running(cell):
     try: fcntl.flock(open(f"{sys.argv[1]}/{cell}/.sweep"), fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error: return isinstance(error, BlockingIOError)
-def flops(cell):                                  # a window, forward: patch 5, mask .75, decoder 64x1; model.py has the formula
+def flops(cell):                                  # a window: patch 5, mask .75, decoder 64x1; see model.py
     W, D, heads = map(int, cell.split("-")[2].split("x"))
     return 3160 * W + D * (480 * W * W + 1600 * W) + 5.67e6
 rows = [line.split() for line in sys.stdin]
@@ -126,7 +133,8 @@ for state, took, cell in rows:                    # cells of that model took so 
     if state != "failed": total = None if None in (left, total) else total + left / int(sys.argv[2])
     print(state, "?" if left is None else round(left), cell)
 time = "time left not known" if total is None else f"{int(total) // 60}:{int(total) % 60:02d} left"
-print("[{} of {} done, {} running, {} failed, {}]".format(count["done"], len(rows), count["running"], count["failed"], time))
+print("[{done} of {0} done, {running} running, {failed} failed, {1}]".format(
+    len(rows), time, **{state: count[state] for state in ("done", "running", "failed")}))
 ' "$OUT" "$JOBS"
 }
 progress() { survey | tail -n 1; }
@@ -144,8 +152,9 @@ run() {                                           # words -> their exit status; 
 }
 step() {                                          # file: run `words` if that wasn't done, and note `key` when it is
     has_run "$1" && return
-    [ "$1" != "$dir/result.json" ] || rm -f "$dir/commands"                   # probes of other weights don't count any more
-    echo "$(date '+%F %T') \$ ${words[*]}" >> "$dir/log.txt" && run "${words[@]}" >> "$dir/log.txt" 2>&1 && echo "$key" >> "$dir/commands"
+    [ "$1" != "$dir/result.json" ] || rm -f "$dir/commands"                   # probes of other weights don't count
+    echo "$(date '+%F %T') \$ ${words[*]}" >> "$dir/log.txt" &&
+        run "${words[@]}" >> "$dir/log.txt" 2>&1 && echo "$key" >> "$dir/commands"
 }
 attempt() {                                       # cell; file 9 is its lock -> 75 if another process has it
     "$PYTHON" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null || return 75
@@ -162,8 +171,11 @@ attempt() {                                       # cell; file 9 is its lock -> 
            else status=1; echo "the commands ended well, but left no result" >> "$dir/log.txt"; fi ;;
         137) echo "killed from outside. Out of memory? Fewer JOBS, or a smaller --batch in FLAGS" >> "$dir/log.txt" ;;
     esac
-    [ $status = 0 ] || { echo $status > "$dir/failed"; said="FAILED with exit status $status; the last lines of $dir/log.txt:
-$(tail -n 5 "$dir/log.txt" | sed 's/^/    /')"; }
+    if [ $status != 0 ]; then
+        echo $status > "$dir/failed"
+        said="FAILED with exit status $status; the last lines of $dir/log.txt:
+$(tail -n 5 "$dir/log.txt" | sed 's/^/    /')"
+    fi
     echo "$(date +%T) $(progress) $1: $said"
 }
 work() {                                          # one of the JOBS: whatever cell is free, until none is left
@@ -174,7 +186,7 @@ work() {                                          # one of the JOBS: whatever ce
         busy=()
         for cell in "${todo[@]}"; do
             finished "$cell" || [ -f "$OUT/$cell/failed" ] && continue
-            mkdir -p "$OUT/$cell" && attempt "$cell" 9>> "$OUT/$cell/.sweep" # locked until all that have it open have ended
+            mkdir -p "$OUT/$cell" && attempt "$cell" 9>> "$OUT/$cell/.sweep"  # locked while anyone has it open
             [ $? != 75 ] || busy+=("$cell")
             [ -z "$stop" ] || return
         done
@@ -189,7 +201,8 @@ leave() { stop=$1; kill -TERM $child "${workers[@]}" 2>/dev/null; }          # c
 stopped() {                                       # the end, if there was a signal
     [ -n "$stop" ] || return
     echo "sweep.sh: stopped; what ran has saved, and the same command goes on" >&2
-    [ -z "$requeue" ] || scontrol requeue "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
+    local job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+    [ -z "$requeue" ] || scontrol requeue "$job"
     exit "$stop"
 }
 unfinished() { for cell in "$@"; do finished "$cell" || echo "$cell"; done; }
@@ -202,14 +215,15 @@ list() {
         printf '%-7s %6s s left  %-24s %s\n' "${state/-/ }" "$left" "$cell" "$line"
     done
 }
-main() {                                          # a function is read to its end first: editing this file disturbs no sweep
+main() {                                          # read to its end before it runs: editing this file disturbs no sweep
     local set cell j w open fitted
     trap 'leave 130' INT; trap 'requeue=; leave 143' TERM; trap 'leave 129' HUP
-    trap 'requeue=1; leave 143' USR1              # from Slurm, a minute or two before the time limit; scancel sends TERM
+    trap 'requeue=1; leave 143' USR1              # from Slurm, a minute before the time limit; scancel sends TERM
     "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("torch"))' ||
         refuse "'$PYTHON' has no PyTorch: pip install -r requirements.txt, or set PYTHON to one that has"
     for set in ${DATA//+/ } ${PROBES//+/ }; do
-        [ -f "data/$set/meta.json" ] || run "$PYTHON" "$code/data.py" "$set" || { stopped; refuse "the data set '$set' isn't there"; }
+        [ -f "data/$set/meta.json" ] || run "$PYTHON" "$code/data.py" "$set" ||
+            { stopped; refuse "the data set '$set' isn't there"; }
     done
     stopped
     fingerprints
@@ -218,7 +232,8 @@ main() {                                          # a function is read to its en
     echo "$(date +%T) $(progress) $OUT, $JOBS at a time, $THREADS threads each"
 
     for ((j = 0; j < JOBS && j < ${#cells[@]}; j++)); do work & workers+=($!); done
-    exec 8> >(trap '' INT TERM HUP; read -r _ || kill -TERM "${workers[@]}" 2>/dev/null)   # if this is killed (-9), end them
+    # if this is killed (-9), end them, too
+    exec 8> >(trap '' INT TERM HUP; read -r _ || kill -TERM "${workers[@]}" 2>/dev/null)
     for w in "${workers[@]}"; do
         while kill -0 "$w" 2>/dev/null; do wait "$w"; done
     done
@@ -226,12 +241,16 @@ main() {                                          # a function is read to its en
     stopped
 
     open=$(unfinished "${cells[@]}")
-    [ -z "$open" ] || { echo "sweep.sh: not done: "$open"; $OUT/CELL/log.txt says why, and the same command tries again" >&2; exit 1; }
+    if [ -n "$open" ]; then
+        echo "sweep.sh: not done: "$open"; $OUT/CELL/log.txt says why, and the same command tries again" >&2
+        exit 1
+    fi
     [ -z "$(unfinished "${grid[@]}")" ] || exit 0 # other tasks of the job array are still to come
     touch "$OUT/.fitted"
     run "$PYTHON" "$code/fit_laws.py" "$OUT" --out "$RESULTS"; fitted=$?
     stopped
-    [ $fitted = 0 ] || { [ $fitted = 2 ] && [ ! "$RESULTS/results.csv" -ot "$OUT/.fitted" ]; }   # a grid too small for a law
+    # 2 with a fresh table: a grid too small for a law
+    [ $fitted = 0 ] || { [ $fitted = 2 ] && [ ! "$RESULTS/results.csv" -ot "$OUT/.fitted" ]; }
 }
 fingerprints
 if [ "${1-}" = --list ]; then list; else main; fi
