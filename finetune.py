@@ -3,7 +3,7 @@ Downstream: what a pre-trained encoder knows about activities, asked of people i
 
     windows (n, C, T)               standardised as in pre-training; a tail shorter than a patch is cut
       encode    ->  (n, S, G, D)    a latent for each patch of each sensor, nothing masked
-      pool      ->  (n, F)          averaged over time, sensor by sensor: F = S x D
+      pool      ->  (n, F)          average and deviation over time, sensor by sensor: F = 2 x S x D
       classify  ->  (n, K)          multinomial logistic regression, or a head trained together with the encoder
       score     ->  RUN/finetune/DATA-MODE.json and .png
 
@@ -417,8 +417,8 @@ def parse_flags():
     g.add_argument("--mode", choices=list(LOOKS), default="probe", help="probe: encoder frozen; tune: trained further; "
                    "scratch: trained from random weights; random: probe of an untrained encoder")
     g.add_argument("--sensors", choices=["both", "acc", "gyro"], default="both", help="one alone: the other is unseen")
-    g.add_argument("--pool", choices=["mean", "mean+std"], default="mean", help="what is kept of latents over time; "
-                   "mean+std: twice the features, and a few points more")
+    g.add_argument("--pool", choices=["mean", "mean+std"], default="mean+std", help="what is kept of latents over "
+                   "time: the average alone has half the features, and scores a few points less")
     g = p.add_argument_group("who is tested")
     g.add_argument("--label-users", metavar="K", help="train on K labelled users only; 1,2,4: on so many, one after "
                    "the other. Draws the curve of all such results. default: all training users")
@@ -485,7 +485,7 @@ def main():
     keep_memory()
     task, x, folder = open_task(a), None, Path(a.run) / "finetune"
     sensor = f"-{a.sensors}" * (a.sensors != "both")
-    tail = f"-{a.pool}" * (a.pool != "mean") + f"-s{a.seed}" * (a.seed > 0)
+    tail = f"-{a.pool}" * (a.pool != "mean+std") + f"-s{a.seed}" * (a.seed > 0)
     jobs = [(count, "user", few_users(task.folds, task.users, count, a.seed) if count else task.folds)
             for count in a.label_users]
     if a.split == "validation":

@@ -1,4 +1,4 @@
-"""What benchmarks time: build(width, depth, heads) -> module, module(windows (B, 6, 400)) -> loss, masks drawn anew each call."""
+"""What benchmarks time: build(width, depth, heads) -> module; module(windows (B, 6, 400)) -> loss, with new masks."""
 import sys
 from pathlib import Path
 

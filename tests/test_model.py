@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import Refused
-from model import (MAE, Attention, Block, baseline_loss, draw_masks, forward_flops, parameters, patchify, rotary_table, rotate,
-                   visible_tokens)
+from model import (MAE, Attention, Block, baseline_loss, draw_masks, forward_flops, parameters, patchify, rotary_table,
+                   rotate, visible_tokens)
 
 torch.manual_seed(0)
 
@@ -61,9 +61,11 @@ def test_attention_equals_the_library():
 
 
 def test_block_equals_the_library_on_the_same_weights():
-    ours, library = Block(32, 4), torch.nn.TransformerEncoderLayer(32, 4, 128, 0.0, "gelu", batch_first=True, norm_first=True,
-                                                                   bias=False)
-    library.self_attn.in_proj_weight.data = torch.cat([ours.attention.query.weight, ours.attention.key_value.weight]).detach()
+    ours = Block(32, 4)
+    library = torch.nn.TransformerEncoderLayer(32, 4, 128, 0.0, "gelu", batch_first=True, norm_first=True,
+                                               bias=False)
+    qkv = torch.cat([ours.attention.query.weight, ours.attention.key_value.weight])
+    library.self_attn.in_proj_weight.data = qkv.detach()
     for mine, theirs in ((ours.attention.out, library.self_attn.out_proj), (ours.up, library.linear1),
                          (ours.down, library.linear2), (ours.norm1, library.norm1), (ours.norm2, library.norm2)):
         theirs.weight.data = mine.weight.detach()
@@ -97,7 +99,7 @@ def test_flops_and_parameters_by_formula_equal_the_count(width, depth, heads, pa
     assert forward.get_total_flops() == 2 * formula
     with FlopCounterMode(display=False) as backward:
         loss.backward()
-    assert backward.get_total_flops() == pytest.approx(2 * 2 * formula, rel=0.03), "input needs no gradient: a little less"
+    assert backward.get_total_flops() == pytest.approx(2 * 2 * formula, rel=0.03), "the input needs none"
     encoder = 3 * patch * width + 2 * width + depth * (12 * width ** 2 + 2 * width) + width
     assert parameters(model)[1] == encoder
     assert visible_tokens(80, 0.75) == 20

@@ -13,24 +13,26 @@ import pretrain
 from model import MAE
 
 CODE = Path(pretrain.__file__).parent
-TINY = ["--width", "16", "--depth", "1", "--heads", "2", "--patch", "20", "--batch", "16", "--threads", "1", "--evaluations", "2"]
+TINY = ["--width", "16", "--depth", "1", "--heads", "2", "--patch", "20", "--batch", "16", "--threads", "1",
+        "--evaluations", "2"]
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A folder with a small simulated set in data/, where the commands run."""
     home = tmp_path_factory.mktemp("home")
-    subprocess.run([sys.executable, CODE / "data.py", "simulated", "--users", "12", "--hours-per-user", "0.05"], cwd=home, check=True)
+    words = ["simulated", "--users", "12", "--hours-per-user", "0.05"]
+    subprocess.run([sys.executable, CODE / "data.py", *words], cwd=home, check=True)
     return home
 
 
 def run(home, *flags):
-    return subprocess.run([sys.executable, CODE / "pretrain.py", "--data", "simulated", *TINY, *map(str, flags)], cwd=home,
-                          capture_output=True, text=True)
+    words = [sys.executable, CODE / "pretrain.py", "--data", "simulated", *TINY, *map(str, flags)]
+    return subprocess.run(words, cwd=home, capture_output=True, text=True)
 
 
 def test_an_epoch_shows_each_window_once_and_a_batch_depends_on_its_step_alone():
-    batches = [pretrain.batch_rows(step, 30, 12, seed=3) for step in range(5)]       # two epochs of 30 in five batches of 12
+    batches = [pretrain.batch_rows(step, 30, 12, seed=3) for step in range(5)]       # two epochs of 30
     assert sorted(np.concatenate(batches)[:30]) == list(range(30)) == sorted(np.concatenate(batches)[30:])
     assert np.array_equal(pretrain.batch_rows(3, 30, 12, seed=3), batches[3])
     assert len(pretrain.batch_rows(0, 5, 12, seed=3)) == 12, "a set smaller than a batch is gone through more than once"
@@ -64,7 +66,8 @@ def test_a_cell_leaves_what_it_was_and_what_it_got(home):
     result, config = (json.loads((home / "runs/a" / name).read_text()) for name in ("result.json", "config.json"))
     lines = [json.loads(line) for line in (home / "runs/a/metrics.jsonl").read_text().splitlines()]
     assert result["windows"] == 4 * 7 and result["users"] == 4 and result["hours"] == pytest.approx(4 * 7 / 360)
-    assert result["loss"] == min(lines, key=lambda line: line["choose"])["loss"] and result["loss_last"] == lines[-1]["loss"]
+    assert result["loss"] == min(lines, key=lambda line: line["choose"])["loss"]
+    assert result["loss_last"] == lines[-1]["loss"]
     assert result["loss"] != result["loss_choose"], "chosen on one half of the held-out users, measured on the other"
     assert config["training"]["lr"] == result["lr"] and config["data"]["fingerprint"] == result["fingerprint"]
     assert "done" in run(home, "--users", 4, "--hours-per-user", 0.02, "--steps", 30, "--out", "runs/a").stdout
@@ -76,11 +79,13 @@ def test_a_cell_leaves_what_it_was_and_what_it_got(home):
 
 @pytest.mark.parametrize("flags, word", [
     (["--users", 99], "--users 99"), (["--hours-per-user", 0.001], "--hours-per-user"), (["--patch", 7], "--patch 7"),
-    (["--heads", 3], "heads"), (["--mask-ratio", 1], "--mask-ratio"), (["--steps", 0], "--steps"), (["--lr", -1], "--lr"),
+    (["--heads", 3], "heads"), (["--mask-ratio", 1], "--mask-ratio"), (["--steps", 0], "--steps"),
+    (["--lr", -1], "--lr"),
     (["--device", "tpu9"], "--device"), (["--data", "nowhere"], "nowhere")])
 def test_what_cannot_be_run_is_refused_in_a_sentence(home, flags, word, monkeypatch, capsys):
     monkeypatch.chdir(home)
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--data", "simulated", *TINY, "--out", "runs/refused", *map(str, flags)])
+    words = ["pretrain.py", "--data", "simulated", *TINY, "--out", "runs/refused", *map(str, flags)]
+    monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as status:
         data.command(pretrain.main)
     said = capsys.readouterr().err.strip()

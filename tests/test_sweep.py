@@ -1,7 +1,8 @@
 """Nothing that hits a run or a sweep loses a cell or changes a number: kills, faults, two at once, a cluster.
 
-A run of pretrain.py is cut off, torn and starved for real. What sweep.sh does with its cells is shown on stand-ins for the
-four scripts, which count steps instead of learning; with the real ones it is killed 20 times by `python -m pytest -m slow`.
+A run of pretrain.py is cut off, torn and starved for real. What sweep.sh does with its cells is shown on stand-ins
+for the four scripts, which count steps instead of learning; with the real ones it is killed 20 times by
+`python -m pytest -m slow`.
 """
 import contextlib
 import csv
@@ -25,7 +26,8 @@ import data
 import pretrain
 
 CODE = Path(pretrain.__file__).parent
-ENVIRONMENT = {**{name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH") if name in os.environ},
+KEPT = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH")
+ENVIRONMENT = {**{name: os.environ[name] for name in KEPT if name in os.environ},
                "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 SHAPE = ["--patch", "20", "--batch", "16", "--decoder-width", "16", "--precision", "fp32"]
 TINY = ["--width", "8", "--depth", "1", "--heads", "2", *SHAPE, "--threads", "1", "--device", "cpu", "--steps", "300"]
@@ -36,12 +38,14 @@ TINY = ["--width", "8", "--depth", "1", "--heads", "2", *SHAPE, "--threads", "1"
 def home(tmp_path_factory):
     """A folder with a small simulated set in data/, where the commands run."""
     home = tmp_path_factory.mktemp("home")
-    subprocess.run([sys.executable, CODE / "data.py", "simulated", "--users", "8", "--hours-per-user", "0.05"], cwd=home, check=True)
+    words = ["simulated", "--users", "8", "--hours-per-user", "0.05"]
+    subprocess.run([sys.executable, CODE / "data.py", *words], cwd=home, check=True)
     return home
 
 
 def start(home, out, *flags):
-    return subprocess.Popen([sys.executable, CODE / "pretrain.py", *TINY, *flags, "--out", out], cwd=home, env=ENVIRONMENT,
+    words = [sys.executable, CODE / "pretrain.py", *TINY, *flags, "--out", out]
+    return subprocess.Popen(words, cwd=home, env=ENVIRONMENT,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -64,13 +68,13 @@ def inside(monkeypatch, capsys, home, out, *flags):
         data.command(pretrain.main)
     except SystemExit as left:
         status = left.code or 0
-    gc.collect()                                                  # what the traceback held open is closed: the run's lock
+    gc.collect()                                                 # closes what the traceback held open: the run's lock
     return status, capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
 def runs(home):
-    """Two runs of one command: `whole` was left alone; `cut` got TERM, KILL and Ctrl-C, then went on to its end. `middle` is
+    """Two runs of one command: `whole` was left alone; `cut` got TERM, KILL and Ctrl-C, then went on. `middle` is
     what lay on disk before that last start: the checkpoint of Ctrl-C, and the one of TERM before it."""
     whole = start(home, "runs/whole")
     said = {number: interrupt(home, "runs/cut", number, step)
@@ -100,11 +104,13 @@ def test_a_run_cut_off_at_any_moment_goes_on_to_the_same_bits(home, runs):
 @pytest.mark.parametrize("damage", ["cut short", "one bit", "empty"])
 def test_of_a_torn_checkpoint_the_one_before_is_used(home, runs, tmp_path, damage):
     run = shutil.copytree(home / "runs/middle", tmp_path / "run")
-    newest, before = (torch.load(run / name, weights_only=True)["step"] for name in ("checkpoint.pt", "checkpoint.prev.pt"))
+    names = ("checkpoint.pt", "checkpoint.prev.pt")
+    newest, before = (torch.load(run / name, weights_only=True)["step"] for name in names)
     content = bytearray((run / "checkpoint.pt").read_bytes())
     if damage == "one bit":
         content[content.index(b"model/data/0") + 400 if b"model/data/0" in content else len(content) // 2] ^= 1
-    (run / "checkpoint.pt").write_bytes({"cut short": content[:len(content) // 2], "one bit": content, "empty": b""}[damage])
+    left = {"cut short": content[:len(content) // 2], "one bit": content, "empty": b""}[damage]
+    (run / "checkpoint.pt").write_bytes(left)
     assert pretrain.load_checkpoint(run)["step"] == before < newest
     (run / "checkpoint.prev.pt").write_bytes(b"")
     with pytest.raises(data.Refused, match="no checkpoint in .* can be read"):
@@ -136,8 +142,8 @@ def test_data_that_changed_under_a_run_are_noticed(home, runs, tmp_path, monkeyp
     status, said = inside(monkeypatch, capsys, tmp_path, "runs/middle")
     assert status == 2 and "changed after it was prepared" in said
     meta = json.loads((home / "data/simulated/meta.json").read_text())
-    windows, users, labels = (data.np.load(tmp_path / f"data/simulated/{part}.npy") for part in ("windows", "users", "labels"))
-    meta["fingerprint"] = data.fingerprint(windows, users, labels)                    # as if prepared anew from other recordings
+    arrays = (data.np.load(tmp_path / f"data/simulated/{part}.npy") for part in ("windows", "users", "labels"))
+    meta["fingerprint"] = data.fingerprint(*arrays)              # as if prepared anew from other recordings
     (tmp_path / "data/simulated/meta.json").write_text(json.dumps(meta))
     status, said = inside(monkeypatch, capsys, tmp_path, "runs/middle")
     assert status == 2 and "holds another run (fingerprint" in said
@@ -151,13 +157,15 @@ def test_a_run_that_another_process_works_on_is_left_alone(home, runs, monkeypat
 
 
 def test_two_processes_get_the_loss_of_one(home, monkeypatch, capsys):
-    flags = ["--steps", "40", "--optimizer", "adamw"]             # Muon's products are in bf16, which makes roundings grow
-    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}",
-                          CODE / "pretrain.py", *TINY, *flags, "--out", "runs/two"], cwd=home, env=ENVIRONMENT, capture_output=True, text=True)
+    flags = ["--steps", "40", "--optimizer", "adamw"]            # Muon's products are in bf16: roundings would grow
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    two = subprocess.run([*torchrun, CODE / "pretrain.py", *TINY, *flags, "--out", "runs/two"], cwd=home,
+                         env=ENVIRONMENT, capture_output=True, text=True)
     assert two.returncode == 0, two.stderr
     assert inside(monkeypatch, capsys, home, "runs/one", *flags)[0] == 0
     one, two = (json.loads((home / "runs" / name / "result.json").read_text()) for name in ("one", "two"))
-    assert two["loss"] == pytest.approx(one["loss"], rel=1e-4) and two["loss_last"] == pytest.approx(one["loss_last"], rel=1e-4)
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    assert two["loss_last"] == pytest.approx(one["loss_last"], rel=1e-4)
 
 
 @pytest.fixture
@@ -191,7 +199,8 @@ def test_a_full_disk_stops_a_run_in_a_sentence_and_loses_nothing(home, runs, sma
 # ---------------------------------------------------------------- a sweep, from data to laws
 def sweep(code, home, *arguments, **variables):
     """Start `bash sweep.sh`, with everything it says in one text, in a process group of its own."""
-    return subprocess.Popen(["bash", code / "sweep.sh", *arguments], cwd=home, env={**ENVIRONMENT, "JOBS": "2", **variables},
+    environment = {**ENVIRONMENT, "JOBS": "2", **variables}
+    return subprocess.Popen(["bash", code / "sweep.sh", *arguments], cwd=home, env=environment,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
@@ -202,12 +211,14 @@ def finish(process):
 
 def table(home, out="grid"):
     with open(home / "results" / out / "results.csv") as file:
-        return {row["name"]: {key: value for key, value in row.items() if "second" not in key} for row in csv.DictReader(file)}
+        return {row["name"]: {key: value for key, value in row.items() if "second" not in key}
+                for row in csv.DictReader(file)}
 
 
 def test_a_sweep_goes_from_data_to_a_table_and_with_enough_cells_to_a_law(tmp_path, home):
     shutil.copytree(home / "data", tmp_path / "data")
-    grid = dict(HOURS="all", MODELS="8x1x2", STEPS="30", FLAGS=" ".join([*SHAPE, "--evaluations", "2"]), OUT="runs/grid")
+    flags = " ".join([*SHAPE, "--evaluations", "2"])
+    grid = dict(HOURS="all", MODELS="8x1x2", STEPS="30", FLAGS=flags, OUT="runs/grid")
     status, said = finish(sweep(CODE, tmp_path, USERS="2 4", **grid))
     assert status == 0, said
     assert [row["users"] for row in table(tmp_path).values()] == ["2", "4"], said
@@ -217,7 +228,8 @@ def test_a_sweep_goes_from_data_to_a_table_and_with_enough_cells_to_a_law(tmp_pa
     assert status == 0 and laws["laws"][0]["x"] == ["users"] and "users" in said
     rows = table(tmp_path)
     assert len(rows) == 5 and all(0 <= float(row["simulated_macro_f1"]) <= 1 for row in rows.values())
-    assert (tmp_path / "runs/grid/u2-hall-8x1x2-s0/result.json").stat().st_mtime_ns == first, "what is done is not done again"
+    again = (tmp_path / "runs/grid/u2-hall-8x1x2-s0/result.json").stat().st_mtime_ns
+    assert again == first, "what is done is not done again"
 
 
 # ---------------------------------------------------------------- what sweep.sh does with cells, on stand-ins
@@ -266,7 +278,8 @@ print(sys.argv[1], file=open("probed", "a"))
     "fit_laws.py": """
 import glob, json, os, sys
 os.makedirs(sys.argv[3], exist_ok=True)
-rows = [(path.split("/")[2], json.load(open(path))["loss"]) for path in sorted(glob.glob(sys.argv[1] + "/*/result.json"))]
+paths = sorted(glob.glob(sys.argv[1] + "/*/result.json"))
+rows = [(path.split("/")[2], json.load(open(path))["loss"]) for path in paths]
 open(sys.argv[3] + "/results.csv", "w").write("name,loss\\n" + "".join(f"{n},{l}\\n" for n, l in rows))
 """}
 GRID = dict(USERS="2 3 5", HOURS="0.1 0.2", MODELS="8x1x2", STEPS="60", OUT="runs/grid")
@@ -330,7 +343,8 @@ def kill(process, what, luck):
         process.kill()
     else:
         with contextlib.suppress(ProcessLookupError):             # it has just ended by itself
-            members = [int(path.name) for path in Path("/proc").glob("[0-9]*") if path.exists() and os.getpgid(int(path.name)) == process.pid]
+            members = [int(path.name) for path in Path("/proc").glob("[0-9]*")
+                       if path.exists() and os.getpgid(int(path.name)) == process.pid]
             os.kill(luck.choice(members or [process.pid]), signal.SIGKILL)
             time.sleep(1)
         process.terminate()
@@ -338,7 +352,10 @@ def kill(process, what, luck):
     process.wait()
 
 
-@pytest.mark.parametrize("what", ["all", "sweep.sh", pytest.param("one", marks=pytest.mark.skipif(not Path("/proc/1").exists(), reason="no /proc here"))])
+NO_PROC = pytest.mark.skipif(not Path("/proc/1").exists(), reason="no /proc here")
+
+
+@pytest.mark.parametrize("what", ["all", "sweep.sh", pytest.param("one", marks=NO_PROC)])
 def test_a_sweep_killed_at_random_moments_ends_with_the_table_of_an_undisturbed_one(stand_ins, what):
     code, home = stand_ins
     luck = random.Random(what)
@@ -365,7 +382,7 @@ def test_a_sweep_that_is_told_to_stop_lets_its_cells_save(stand_ins, number):
     code, home = stand_ins
     process = sweep(code, home, **GRID)
     assert wait_for(lambda: len(list(home.glob("runs/grid/*/config"))) == 2)
-    process.send_signal(number) if number == signal.SIGTERM else os.killpg(process.pid, number)       # a terminal tells all
+    process.send_signal(number) if number == signal.SIGTERM else os.killpg(process.pid, number)  # a terminal tells all
     status, said = finish(process)
     assert status == 128 + number and "the same command goes on" in said and not worked_on(home)
     assert any(map(steps_of, home.glob("runs/grid/*"))) and not list(home.glob("runs/grid/*/failed"))
@@ -378,7 +395,8 @@ def test_two_sweeps_at_once_share_the_cells(stand_ins):
     both = [sweep(code, home, **GRID) for _ in range(2)]
     said = [finish(process) for process in both]
     assert [status for status, _ in said] == [0, 0], said
-    assert sorted(lines(home / "trained")) == sorted(lines(home / "probed")) == sorted(f"runs/grid/{name}" for name in undisturbed([2, 3, 5]))
+    cells = sorted(f"runs/grid/{name}" for name in undisturbed([2, 3, 5]))
+    assert sorted(lines(home / "trained")) == sorted(lines(home / "probed")) == cells
     assert all(": loss " in text for _, text in said), "each did some"
 
 
@@ -387,7 +405,8 @@ def test_a_failed_cell_is_reported_and_only_that_one_is_repeated(stand_ins):
     grid = {**GRID, "USERS": "2 99 3", "HOURS": "0.1"}
     status, said = finish(sweep(code, home, **grid))
     assert status == 1 and "u99-h0.1-8x1x2-s0: FAILED" in said and "--users 99 is more than there are" in said
-    assert sorted(lines(home / "trained")) == ["runs/grid/u2-h0.1-8x1x2-s0", "runs/grid/u3-h0.1-8x1x2-s0"], "the others went on"
+    others = ["runs/grid/u2-h0.1-8x1x2-s0", "runs/grid/u3-h0.1-8x1x2-s0"]
+    assert sorted(lines(home / "trained")) == others, "the others went on"
     assert "failed" in finish(sweep(code, home, "--list", **grid))[1]
     (home / "many").touch()                                       # what made it fail is gone
     status, said = finish(sweep(code, home, **grid))
@@ -403,22 +422,26 @@ def test_a_result_is_never_taken_for_that_of_other_flags_or_other_data(stand_ins
         status, said = finish(sweep(code, home, **{**grid, **change}))
         assert status == 1 and "holds another run" in said
     assert [finish(sweep(code, home, **grid))[0] for _ in range(2)] == [0, 0] and len(lines(home / "trained")) == 1
-    assert len(lines(home / "runs/grid/u2-h0.1-8x1x2-s0/starts")) == 4, "that it is done is seen without starting pretrain.py"
+    starts = lines(home / "runs/grid/u2-h0.1-8x1x2-s0/starts")
+    assert len(starts) == 4, "that it is done is seen without starting pretrain.py"
     (home / "data/simulated/meta.json").write_text('{"fingerprint": "beef"}')
     assert "to do" in finish(sweep(code, home, "--list", **grid))[1]
 
 
 def test_list_names_each_cell_with_its_commands_and_touches_nothing(stand_ins):
     code, home = stand_ins
-    listed = finish(sweep(code, home, "--list", **{**GRID, "HOURS": "0.1 all", "FLAGS": "--batch 64"}))[1].splitlines()[:-1]
+    grid = {**GRID, "HOURS": "0.1 all", "FLAGS": "--batch 64"}
+    listed = finish(sweep(code, home, "--list", **grid))[1].splitlines()[:-1]
     assert len(listed) == 6 and not list(home.iterdir())
-    assert "pretrain.py --out runs/grid/u2-hall-8x1x2-s0" in listed[1] and "--hours" not in listed[1] and "--batch 64" in listed[1]
+    assert "pretrain.py --out runs/grid/u2-hall-8x1x2-s0" in listed[1]
+    assert "--hours" not in listed[1] and "--batch 64" in listed[1]
     assert "finetune.py runs/grid/u2-hall-8x1x2-s0 --data simulated --mode probe" in listed[1] and "to do" in listed[1]
 
 
 @pytest.mark.parametrize("arguments, variables, word", [
-    (["--lisst"], {}, "--lisst"), (["--list", "all"], {}, "--list all"), ([], {"USERS": "4 -2"}, "-2"), ([], {"MODELS": "64x3"}, "64x3"),
-    ([], {"HOURS": "0.1 *"}, "*"), ([], {"JOBS": "0"}, "JOBS"), ([], {"DATA": "../data"}, "../data"), ([], {"DATA": "mine"}, "mine"),
+    (["--lisst"], {}, "--lisst"), (["--list", "all"], {}, "--list all"), ([], {"USERS": "4 -2"}, "-2"),
+    ([], {"MODELS": "64x3"}, "64x3"), ([], {"HOURS": "0.1 *"}, "*"), ([], {"JOBS": "0"}, "JOBS"),
+    ([], {"DATA": "../data"}, "../data"), ([], {"DATA": "mine"}, "mine"),
     ([], {"PYTHON": "no-such-python"}, "no-such-python")])
 def test_a_sweep_that_makes_no_sense_is_refused(stand_ins, arguments, variables, word):
     code, home = stand_ins
@@ -429,7 +452,8 @@ def test_a_sweep_that_makes_no_sense_is_refused(stand_ins, arguments, variables,
 @pytest.mark.slow
 def test_twenty_kills_of_the_real_thing_then_two_sweeps_at_once(home, tmp_path):
     """With -s it prints each kill, and the loss of each cell in both tables."""
-    grid = dict(USERS="2 3 4 6", HOURS="0.02 all", MODELS="8x1x2", STEPS="1500", OUT="runs/grid", FLAGS=" ".join([*SHAPE, "--evaluations", "5"]))
+    flags = " ".join([*SHAPE, "--evaluations", "5"])
+    grid = dict(USERS="2 3 4 6", HOURS="0.02 all", MODELS="8x1x2", STEPS="1500", OUT="runs/grid", FLAGS=flags)
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     for folder in (alone, killed):
         shutil.copytree(home / "data", folder / "data")
@@ -460,7 +484,7 @@ def free_port():
 
 @pytest.fixture
 def slurm(tmp_path):
-    """A Slurm of one node with a munge of its own, for as long as the test lasts: calls its commands, returns what they say."""
+    """A Slurm of one node with its own munge, as long as the test lasts: calls its commands, returns what they say."""
     path = os.environ["PATH"] + ":/usr/sbin:/sbin"
     missing = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if not shutil.which(name, path=path)]
     if missing or os.geteuid():
@@ -489,11 +513,13 @@ NodeName={node} NodeAddr=127.0.0.1 CPUs={os.cpu_count()} State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES State=UP
 """)
     environment = {**ENVIRONMENT, "PATH": path, "SLURM_CONF": str(conf)}
-    call = lambda *words, **more: subprocess.run(words, env={**environment, **more}, cwd=tmp_path / "home", capture_output=True, text=True).stdout
+    call = lambda *words, **more: subprocess.run(words, env={**environment, **more}, cwd=tmp_path / "home",
+                                                 capture_output=True, text=True).stdout
     daemons = []
     try:
-        for words in (["munged", "-F", "--force", "-S", tmp_path / "munge", "--key-file", tmp_path / "key", "--log-file", tmp_path / "munge.log",
-                       "--pid-file", tmp_path / "munge.pid", "--seed-file", tmp_path / "seed"], ["slurmctld", "-D", "-c"], ["slurmd", "-D"]):
+        munged = ["munged", "-F", "--force", "-S", tmp_path / "munge", "--key-file", tmp_path / "key", "--log-file",
+                  tmp_path / "munge.log", "--pid-file", tmp_path / "munge.pid", "--seed-file", tmp_path / "seed"]
+        for words in (munged, ["slurmctld", "-D", "-c"], ["slurmd", "-D"]):
             with open(tmp_path / f"{words[0]}.log", "w") as log:
                 daemons.append(subprocess.Popen(words, env=environment, stdout=log, stderr=log))
             time.sleep(1)
