@@ -35,7 +35,8 @@ import torch.nn.functional as F
 
 from data import SAME_PEOPLE, Refused, command, held_out_users, load, provenance, replacing, write_json
 from model import MAE, patchify
-from pretrain import choose_device, choose_precision, digest, keep_memory, load_run, select_sensors, standardise
+from pretrain import (choose_device, choose_precision, digest, keep_memory, load_run, select_sensors, standardise,
+                      turn_sensors)
 
 PENALTIES = [3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5]     # L2, strongest first
 LOOKS = {"probe": ("#0072B2", "o"), "tune": ("#009E73", "s"), "scratch": ("#D55E00", "D"), "random": ("#777777", "^")}
@@ -240,9 +241,7 @@ class Classifier(nn.Module):
 
 def augment(x, patch, angle, generator):
     """Windows (B, C, T) as they might have been: worn a little askew (both sensors alike), cut at another sample."""
-    turn = angle * torch.randn(len(x), 1, 3, generator=generator)                                # rotation vectors, rad
-    turn = torch.linalg.matrix_exp(torch.linalg.cross(turn, torch.eye(3)[None]))[:, None]        # (B, 1, 3, 3)
-    x = (turn.to(x.device) @ x.unflatten(1, (-1, 3))).flatten(1, 2)
+    x = turn_sensors(x, angle * torch.randn(len(x), 1, 3, generator=generator))
     return x[..., int(torch.randint(min(patch, x.shape[2] - patch + 1), (), generator=generator)):]
 
 

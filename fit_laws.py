@@ -623,8 +623,8 @@ def read_table(path, names):
     return table
 
 
-SAME = ("data fingerprint sensors patch mask_ratio masking target positions batch optimizer weight_decay precision "
-        "decoder_width decoder_depth steps lr").split()
+SAME = ("data fingerprint sensors patch mask_ratio masking target rotate positions batch optimizer weight_decay "
+        "precision decoder_width decoder_depth steps lr").split()
 BY_MODEL = ("steps", "lr")                                       # these may follow the model's size, and nothing else
 
 

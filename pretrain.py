@@ -64,11 +64,21 @@ def held_out_windows(prepared, users, most):
     return np.concatenate([rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)] for rows in mine])
 
 
+def seeded(*seed):
+    """A generator for the numbers `seed`: what it draws is the same on any device, for any number of processes."""
+    return torch.Generator().manual_seed(int(np.random.default_rng(seed).integers(2 ** 62)))
+
+
 def seeded_masks(batch, config, *seed):
-    """Masks of a batch, a function of the numbers `seed` alone: the same on any device, for any number of processes."""
-    generator = torch.Generator().manual_seed(int(np.random.default_rng(seed).integers(2 ** 62)))
+    """Masks of a batch, a function of the numbers `seed` alone."""
     model, task = config["model"], config["training"]
-    return draw_masks(batch, model["sensors"], model["steps"], task["mask_ratio"], task["masking"], generator)
+    return draw_masks(batch, model["sensors"], model["steps"], task["mask_ratio"], task["masking"], seeded(*seed))
+
+
+def turn_sensors(x, vectors):
+    """Windows (B, C, T) as if worn askew: turned by rotation vectors (B, 1, 3) in rad, both sensors alike."""
+    turn = torch.linalg.matrix_exp(torch.linalg.cross(vectors, torch.eye(3)[None]))[:, None]     # (B, 1, 3, 3)
+    return (turn.to(x.device) @ x.unflatten(1, (-1, 3))).flatten(1, 2)
 
 
 # ---------------------------------------------------------------- learning
@@ -309,6 +319,8 @@ def parse_flags():
                    help="hide patches, time steps or stretches")
     g.add_argument("--target", choices=["raw", "window"], default="raw",
                    help="standardised signal, or normalised by window: better features, a loss that compares with none")
+    g.add_argument("--rotate", type=float, default=0.0, help="turn the sensors of each training window by about so "
+                   "many rad: features that mind less how a sensor is worn, at a higher loss on those worn as usual")
     g = p.add_argument_group("optimisation")
     g.add_argument("--steps", type=int, default=2000, help="updates; the learning rate falls to zero at the last")
     g.add_argument("--batch", type=int, default=128, help="windows an update, over all processes")
@@ -352,6 +364,8 @@ def check_flags(a, prepared, trainable, world):
         raise Refused(f"--mask-ratio {a.mask_ratio} leaves nothing to see or nothing to guess of {tokens} tokens")
     if a.batch % world:
         raise Refused(f"--batch {a.batch} can't be shared evenly by {world} processes")
+    if not 0 <= a.rotate <= math.pi:
+        raise Refused(f"--rotate {a.rotate} is no angle: choose one from 0 to 3.14 rad")
     if a.lr is not None and not 0 < a.lr < 10:
         raise Refused(f"--lr {a.lr} is no learning rate: choose one between 0 and 10")
 
@@ -359,8 +373,8 @@ def check_flags(a, prepared, trainable, world):
 def describe(a, prepared):
     """The config of a run: what it is (compared when it goes on), apart from where it ran."""
     training = {key: getattr(a, key) for key in (
-        "users", "hours_per_user", "sensors", "mask_ratio", "masking", "target", "steps", "batch", "optimizer", "lr",
-        "weight_decay", "seed", "precision", "evaluations")}
+        "users", "hours_per_user", "sensors", "mask_ratio", "masking", "target", "rotate", "steps", "batch",
+        "optimizer", "lr", "weight_decay", "seed", "precision", "evaluations")}
     model = {"width": a.width, "depth": a.depth, "heads": a.heads, "patch": a.patch,
              "sensors": 2 if a.sensors == "both" else 1, "steps": prepared.windows.shape[2] // a.patch,
              "decoder_width": a.decoder_width, "decoder_depth": a.decoder_depth, "positions": a.positions}
@@ -427,6 +441,8 @@ def main():
         mine = slice(rank * a.batch // world, (rank + 1) * a.batch // world)
         index = batch_rows(step, len(rows), a.batch, a.seed)[mine]
         x = standardise(source[torch.from_numpy(index).to(device)], names) if fits else windows_at(rows[index])
+        if a.rotate:
+            x = turn_sensors(x, a.rotate * torch.randn(a.batch, 1, 3, generator=seeded(a.seed, 4, step))[mine])
         return x, *(part[mine].to(device) for part in seeded_masks(a.batch, config, a.seed, 2, step))
 
     held = []
