@@ -113,6 +113,14 @@ def test_fewer_labelled_users_are_among_more_of_them():
     assert len({tuple(few[0]) for few in draws[1]}) > 1
 
 
+def test_choosing_leaves_the_test_users_alone():
+    users = np.repeat(np.arange(20), 4)
+    test_first = (np.flatnonzero(users < 15), np.flatnonzero(users >= 15))
+    folds = finetune.validation_folds([test_first, test_first[::-1]], users, seed=0)
+    assert sorted(np.concatenate([test for _, test in folds])) == sorted(test_first[0]) and len(folds) == 5
+    assert all(not set(users[train]) & set(users[test]) and users[train].max() < 15 for train, test in folds)
+
+
 def test_windows_drawn_at_random_give_folds_of_the_same_sizes():
     folds = [(np.arange(3, 10), np.arange(3)), (np.r_[:3, 7:10], np.arange(3, 7)), (np.arange(7), np.arange(7, 10))]
     leaky = finetune.window_folds(folds, seed=0)
@@ -298,6 +306,8 @@ def test_what_cannot_be_used_is_refused_in_a_sentence(home, command):
     make_run(home, "other")
     config = json.loads((home / "runs/other/config.json").read_text())
     data.write_json(home / "runs/other/config.json", {**config, "model": {**SHAPE, "depth": 3}})
+    make_run(home, "garbled")
+    (home / "runs/garbled/config.json").write_text('{"model": ')
     make_set(home, "unlabelled", labels=[-1] * 120)
     make_set(home, "misnamed", labels=[3] + [0] * 119)
     make_set(home, "rare", labels=[2] + [0, 1] * 59 + [0])
@@ -319,6 +329,7 @@ def test_what_cannot_be_used_is_refused_in_a_sentence(home, command):
             ("--label-users 8", "runs/a", "--data", "short", "--label-users", "2,8"),
             ("--label-users 0", "runs/a", "--data", "short", "--label-users", 0),
             ("--split window", "runs/a", "--data", "short", "--label-users", 2, "--split", "window"),
+            ("config.json is damaged", "runs/garbled", "--data", "short"),
             ("--lr", "runs/a", "--data", "short", "--lr", "nan")]:
         status, _, said = command(*flags)
         assert status == 2 and word in said and len(said.splitlines()) == 1, (flags, said)

@@ -1,5 +1,6 @@
 """Pre-training: what a batch is, what is held out, what is refused. Resuming and its faults are in test_sweep.py."""
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,14 @@ def test_gravity_and_units_survive_standardising():
     windows[:, 2], windows[:, 3] = 0.7, 1.05
     x = pretrain.standardise(windows, data.CHANNELS)
     torch.testing.assert_close(x[0, :, 0], torch.tensor([0, 0, 1, 1, 0, 0.0]), atol=1e-3, rtol=0)
+
+
+def test_sensors_worn_askew_feel_as_much_and_turn_together():
+    x = torch.randn(4, 6, 20)
+    turned = pretrain.turn_sensors(x, torch.tensor([0, 0, math.pi / 2]).expand(4, 1, 3))
+    torch.testing.assert_close(turned[:, [0, 2]], x[:, [1, 2]])  # a quarter turn about z: x feels what y felt
+    torch.testing.assert_close(turned[:, [3, 5]], x[:, [4, 5]])
+    torch.testing.assert_close(pretrain.turn_sensors(x, torch.zeros(4, 1, 3)), x)
 
 
 def test_evaluation_windows_weigh_people_alike():
