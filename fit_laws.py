@@ -131,6 +131,7 @@ def objective(theta, form, scale, log_x, log_y, weights):
 
 
 # ---------------------------------------------------------------- the fit
+@np.errstate(all="ignore")                                       # a trial step may lead to what is no number
 def minimise(function, x, ticks, memory=10):
     """L-BFGS on B problems side by side: from x (B, P) to (x, f) where f gets no lower, or after so many evaluations.
 
@@ -195,7 +196,7 @@ def solve(form, scale, log_x, log_y, starts, weights, keep):
         chunks = np.array_split(np.arange(B * left), math.ceil(B * left * len(log_y) / 100_000))
         value = lambda x, tables: objective(x, form, scale, log_x, log_y, weights[tables])
         one = lambda c: minimise(lambda x, i: value(x, owner[c[i]]), theta[c], ticks)
-        with np.errstate(all="ignore"), ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
             theta, f = (np.concatenate(part) for part in zip(*pool.map(one, chunks)))
         best = np.argsort(f.reshape(B, left), axis=1)[:, :keep]
         theta, f = (np.take_along_axis(part.reshape(B, left, -1), best[:, :, None], 1) for part in (theta, f))
@@ -250,6 +251,7 @@ class Fit(NamedTuple):
     widen: float = 1.                                            # what the spread of the draws is multiplied by
 
 
+@np.errstate(all="ignore")                                       # so may the worse of the starts
 def fit(table, x, y, form=None, bootstrap=0, seed=0):
     """Fit `form` (power laws on a floor) to `table`, {column: (n,)}. Raises Refused where the table can't carry it."""
     form = form or Form(("power law",) * len(x))
@@ -297,10 +299,10 @@ def doubts(x, form, scale, ends):
     return said
 
 
+@np.errstate(all="ignore")                                       # and a rival, far outside the table
 def law(fitted, x):
     """The loss at x (k, m): (m,), for a law of any form."""
-    with np.errstate(over="ignore"):
-        return np.exp(log_sum_exp(log_terms(fitted.theta, fitted.form, fitted.scale, np.log(x))[0])[0][0])
+    return np.exp(log_sum_exp(log_terms(fitted.theta, fitted.form, fitted.scale, np.log(x))[0])[0][0])
 
 
 # ---------------------------------------------------------------- bootstrap

@@ -1,37 +1,37 @@
 #!/bin/bash
-# A sweep: every cell of a grid pre-trained and probed, several cells side by side, then the laws fitted and drawn.
+# A sweep: each cell of a grid pre-trained and probed, several at once, then laws fitted and drawn.
 #
-#   data.py -> pretrain.py, a run a cell -> finetune.py, a probe a benchmark -> fit_laws.py: table, laws, figures
+#   data.py -> pretrain.py, a cell each -> finetune.py, a probe each -> fit_laws.py: table, figures
 #
-#   bash sweep.sh                          # the whole study, small, on the simulated population
-#   DATA=pool PROBES="ucihar wisdm_watch" USERS="4 8 16 all" HOURS="0.1 all" SEEDS="0 1" OUT=runs/pool bash sweep.sh
-#   bash sweep.sh --list                   # a line a cell: done, running, failed or to do; time left; its commands
-#   sbatch --array=1-N sweep.sh            # the same cells as a Slurm job array; N is the number of lines of --list
+#   bash sweep.sh                    # the whole study, small, on the simulated population
+#   DATA=pool PROBES="ucihar wisdm_watch" USERS="4 8 all" SEEDS="0 1" OUT=runs/pool bash sweep.sh
+#   bash sweep.sh --list             # a line a cell: its state, the time left and its commands
+#   sbatch --array=1-N sweep.sh      # the same cells as a Slurm job array; N: lines of --list
 #
-# Stop it, kill it, start it again or twice at once: what is done is skipped, what was cut off goes on where it was,
-# what another sweep works on is waited for, what failed before is tried once more. A cell is done when these very
-# commands have finished on these very data (OUT/CELL/commands says which did); pretrain.py refuses to go on with a run
-# of other flags. What a cell says stands in OUT/CELL/log.txt. The last task of a job array to end fits the laws;
-# `bash sweep.sh` does, too. Exit status: 0 if every cell is done, 1 if not or if the fit failed, 2 for a grid that
-# makes no sense.
+# Stop it, kill it, start it again or twice at once: what is done is skipped, what was cut off goes
+# on where it was, what another sweep works on is waited for, what failed before is tried once more.
+# A cell is done when these very commands have finished on these very data (OUT/CELL/commands says
+# which did); pretrain.py refuses to go on with a run of other flags. What a cell says stands in
+# OUT/CELL/log.txt. The last task of a job array to end fits the laws; `bash sweep.sh` does, too.
+# Exit status: 0 if every cell is done, 1 if not or if the fit failed, 2 for a senseless grid.
 
 #SBATCH --requeue --open-mode=append
 #SBATCH --signal=B:USR1@60
 # Each of these is a variable of the environment; what stands here is the default.
-DATA=${DATA:-simulated}                           # a prepared set, or several pooled (a+b); made if it isn't there
-if [ "$DATA" = simulated ]; then PROBES=${PROBES-simulated} FLAGS=${FLAGS---batch 64 --evaluations 10}; fi
+DATA=${DATA:-simulated}                           # a set, or several pooled: a+b; made if missing
+[ "$DATA" != simulated ] || PROBES=${PROBES-simulated} FLAGS=${FLAGS---batch 64 --evaluations 10}
 PROBES=${PROBES-}                                 # labelled sets to probe on; "" for none
 users=(${USERS:-4 8 16 32})                       # training users, or `all`
 hours=(${HOURS:-0.025 0.1 0.4})                   # hours per user at most, or `all`
 models=(${MODELS:-16x2x2 32x3x4 64x3x4})          # width x depth x heads
-seeds=(${SEEDS:-0})                               # each draws its own users, weights, batches and masks
+seeds=(${SEEDS:-0})                               # each with its own users, weights, batches, masks
 STEPS=${STEPS:-150}                               # updates a cell
-FLAGS=${FLAGS:-}                                  # more flags for every pretrain.py: "--batch 64 --optimizer adamw"
+FLAGS=${FLAGS:-}                                  # more for every pretrain.py: "--optimizer adamw"
 OUT=${OUT:-runs/$DATA}                            # a folder a cell in here
 RESULTS=${RESULTS:-results/$(basename "$OUT")}    # the table, laws.json and the figures
-cores=${SLURM_CPUS_ON_NODE:-$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}
-JOBS=${JOBS:-$cores}                              # cells side by side: two of one thread outdo one of two
-THREADS=${THREADS:-}                              # of each cell; by default the cores are shared out
+cores=${SLURM_CPUS_ON_NODE:-$(OMP_NUM_THREADS= nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}
+JOBS=${JOBS:-$cores}                              # cells at once: two of one thread beat one of two
+THREADS=${THREADS:-}                              # of each cell; by default, the cores shared out
 # ---------------------------------------------------------------- the cells
 set -f                                            # words are words, never file patterns
 code=$(dirname "$0")                              # Slurm runs a copy of this script, and knows of what
@@ -42,7 +42,7 @@ PYTHON=${PYTHON:-$(for p in ${VIRTUAL_ENV:+python} "$code/.venv/bin/python" pyth
 done)}
 
 refuse() { echo "sweep.sh: $1" >&2; exit 2; }
-every() {                                         # name, what its words must be, as a regular expression, the words
+every() {                                         # name, what its words must be, that as a regex, the words
     local name=$1 what=$2 form=$3 word; shift 3
     for word in "$@"; do [[ $word =~ ^($form)$ ]] || refuse "$name has '$word', which is not $what"; done
 }
@@ -82,7 +82,7 @@ fingerprints() {                                  # of the data, then of each pr
             $(printf "data/%s/meta.json " ${set//+/ }) 2>/dev/null | tr '\n' ' ')")
     done
 }
-pretraining() {                                   # cell -> dir; words: the command; key: what makes it another command
+pretraining() {                                   # cell -> dir; words: its command; key: what tells it from others
     dir="$OUT/$1" words=(--data "$DATA")
     set -- ${1//-/ }                              # u8 h0.1 64x3x4 s0
     [ "$1" = uall ] || words+=(--users "${1#u}")
@@ -96,7 +96,7 @@ probing() {                                       # number of a probe -> words, 
     words=("$PYTHON" "$code/finetune.py" "$dir" --data "${probes[$1]}" --mode probe)
     key="finetune.py --data ${probes[$1]} --mode probe # ${prints[$1 + 1]}"
 }
-has_run() {                                       # file: it is there, and `key` is among the commands that finished
+has_run() {                                       # file: it is there, and `key` among the commands that finished
     local line
     [ -s "$1" ] && [ -f "$dir/commands" ] || return
     while IFS= read -r line; do [ "$line" = "$key" ] && return; done < "$dir/commands"
@@ -107,7 +107,7 @@ finished() {                                      # cell
     pretraining "$1"; has_run "$dir/result.json" || return
     for i in "${!probes[@]}"; do probing "$i"; has_run "$dir/finetune/${probes[i]}-probe.json" || return; done
 }
-survey() {                                        # a line a cell: state, seconds left, name; and one on all of them
+survey() {                                        # a line a cell: state, seconds left, name; one on all of them
     local cell state took
     for cell in "${grid[@]}"; do
         state=to-do took=0
@@ -125,10 +125,11 @@ def flops(cell):                                  # a window: patch 5, mask .75,
 rows = [line.split() for line in sys.stdin]
 known = [(flops(cell), int(took)) for state, took, cell in rows if state == "done" and int(took) > 0]
 count, total = collections.Counter(), 0
-for state, took, cell in rows:                    # cells of that model took so long; or else, all cells by their FLOPs
+for state, took, cell in rows:                    # at the pace of cells of that model, or else of all, by FLOPs
     state = "running" if state == "to-do" and running(cell) else state
     like = [(f, t) for f, t in known if f == flops(cell)] or known
-    left = 0 if state == "done" else flops(cell) * sum(t for f, t in like) / sum(f for f, t in like) if like else None
+    left = flops(cell) * sum(t for f, t in like) / sum(f for f, t in like) if like else None
+    if state == "done": left = 0
     count[state] += 1
     if state != "failed": total = None if None in (left, total) else total + left / int(sys.argv[2])
     print(state, "?" if left is None else round(left), cell)
@@ -141,7 +142,7 @@ progress() { survey | tail -n 1; }
 
 # ---------------------------------------------------------------- working on them
 stop= child= requeue= workers=()                  # the exit status that a signal asks for; who is to be told of it
-run() {                                           # words -> their exit status; a signal to this shell goes on to them
+run() {                                           # words -> their exit status; a signal to this shell reaches them
     local status
     "$@" & child=$!
     [ -z "$stop" ] || kill -TERM $child 2>/dev/null
@@ -150,7 +151,7 @@ run() {                                           # words -> their exit status; 
     child=
     return $status
 }
-step() {                                          # file: run `words` if that wasn't done, and note `key` when it is
+step() {                                          # file: run `words` unless that was done; note `key` when it is
     has_run "$1" && return
     [ "$1" != "$dir/result.json" ] || rm -f "$dir/commands"                   # probes of other weights don't count
     echo "$(date '+%F %T') \$ ${words[*]}" >> "$dir/log.txt" &&
@@ -167,9 +168,11 @@ attempt() {                                       # cell; file 9 is its lock -> 
     echo $((took += SECONDS - began)) > "$dir/seconds"
     case $status in
         75 | 130 | 143) return $status ;;         # busy; stopped: it has saved
-        0) if finished "$1"; then said="loss $(sed -n 's/^ *"loss": \([0-9.]*\).*/\1/p' "$dir/result.json") in $took s"
+        0) if finished "$1"; then
+               said="loss $(sed -n 's/^ *"loss": \([0-9.]*\).*/\1/p' "$dir/result.json") in $took s"
            else status=1; echo "the commands ended well, but left no result" >> "$dir/log.txt"; fi ;;
-        137) echo "killed from outside. Out of memory? Fewer JOBS, or a smaller --batch in FLAGS" >> "$dir/log.txt" ;;
+        137) echo "killed from outside. Out of memory? Fewer JOBS, or a smaller --batch in FLAGS" \
+                 >> "$dir/log.txt" ;;
     esac
     if [ $status != 0 ]; then
         echo $status > "$dir/failed"
@@ -180,7 +183,7 @@ $(tail -n 5 "$dir/log.txt" | sed 's/^/    /')"
 }
 work() {                                          # one of the JOBS: whatever cell is free, until none is left
     local todo=("${cells[@]}") busy cell
-    trap '' INT HUP                               # a terminal sends these to all; what is to be done is said by `main`
+    trap '' INT HUP                               # a terminal sends these to all; `main` says what is to be done
     trap 'stop=1; [ -z "$child" ] || kill -TERM $child 2>/dev/null' TERM
     while [ ${#todo[@]} -gt 0 ]; do
         busy=()
@@ -197,7 +200,7 @@ work() {                                          # one of the JOBS: whatever ce
 }
 
 # ---------------------------------------------------------------- the sweep
-leave() { stop=$1; kill -TERM $child "${workers[@]}" 2>/dev/null; }          # children save and end, then so does this
+leave() { stop=$1; kill -TERM $child "${workers[@]}" 2>/dev/null; }    # they save and end, then so does this
 stopped() {                                       # the end, if there was a signal
     [ -n "$stop" ] || return
     echo "sweep.sh: stopped; what ran has saved, and the same command goes on" >&2
@@ -215,7 +218,7 @@ list() {
         printf '%-7s %6s s left  %-24s %s\n' "${state/-/ }" "$left" "$cell" "$line"
     done
 }
-main() {                                          # read to its end before it runs: editing this file disturbs no sweep
+main() {                                          # read whole before it runs: editing this file disturbs no sweep
     local set cell j w open fitted
     trap 'leave 130' INT; trap 'requeue=; leave 143' TERM; trap 'leave 129' HUP
     trap 'requeue=1; leave 143' USR1              # from Slurm, a minute before the time limit; scancel sends TERM
@@ -234,9 +237,7 @@ main() {                                          # read to its end before it ru
     for ((j = 0; j < JOBS && j < ${#cells[@]}; j++)); do work & workers+=($!); done
     # if this is killed (-9), end them, too
     exec 8> >(trap '' INT TERM HUP; read -r _ || kill -TERM "${workers[@]}" 2>/dev/null)
-    for w in "${workers[@]}"; do
-        while kill -0 "$w" 2>/dev/null; do wait "$w"; done
-    done
+    for w in "${workers[@]}"; do while kill -0 "$w" 2>/dev/null; do wait "$w"; done; done
     echo over >&8; exec 8>&-; workers=()
     stopped
 
@@ -252,6 +253,5 @@ main() {                                          # read to its end before it ru
     # 2 with a fresh table: a grid too small for a law
     [ $fitted = 0 ] || { [ $fitted = 2 ] && [ ! "$RESULTS/results.csv" -ot "$OUT/.fitted" ]; }
 }
-fingerprints
-if [ "${1-}" = --list ]; then list; else main; fi
+if [ "${1-}" = --list ]; then fingerprints; list; else main; fi
 exit

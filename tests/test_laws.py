@@ -292,8 +292,8 @@ def simulated(rng, design, n, S, shared):
 
 
 DESIGNS = [                                                      # design, rows, seeds, what the runs of a seed share
-    ("one factor", 12, 0, 0.), ("two factors", 60, 0, 0.), ("two factors", 240, 0, 0.), ("two factors", 60, 3, 0.),
-    ("two factors", 60, 5, .02), ("grid", 120, 2, 0.), ("grid", 120, 2, .02)]
+    ("one factor", 12, 0, 0.), ("two factors", 60, 0, 0.), ("two factors", 240, 0, 0.), ("two factors", 60, 5, .02),
+    ("grid", 120, 2, .02)]
 
 
 @pytest.mark.slow
@@ -315,7 +315,7 @@ def test_the_intervals_hold_the_truth_in_90_to_98_per_cent_of_simulated_tables(t
                         + [((low <= new[::7]) & (new[::7] <= high)).mean()])
         share = 100 * np.mean(held, 0)
         shares.append(share[:-1 if len(names) > 1 else -2])
-        cells = [share[:1], share[1:1 + k], share[1 + k:1 + 2 * k], share[-2:-1], share[-1:]]
+        cells = [share[:1], share[1:1 + k], share[1 + k:1 + 2 * k], share[-2:-1] if k > 1 else [], share[-1:]]
         lines.append(f"| {design} | {n} | {S or 'none'} | {shared:.0%} | "
                      + " | ".join(", ".join(f"{value:.1f}" for value in cell) for cell in cells) + " |")
         print(lines[-1], flush=True)

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import Refused
-from model import (MAE, Attention, Block, baseline_loss, draw_masks, forward_flops, parameters, patchify, rotary_table,
-                   rotate, visible_tokens)
+from model import (MAE, Attention, Block, baseline_loss, draw_masks, forward_flops, parameters, patchify,
+                   rotary_table, rotate, visible_tokens)
 
 torch.manual_seed(0)
 
@@ -33,7 +33,7 @@ def test_every_token_is_either_visible_or_masked(masking):
 
 def test_masked_patches_never_reach_the_encoder():
     model, x = MAE(32, 2, 4), torch.randn(3, 6, 200)
-    for p in model.parameters():                                 # blocks start as the identity: make them mix tokens
+    for p in model.parameters():                                 # blocks start as the identity: have them mix
         torch.nn.init.normal_(p, std=0.1)
     keep, masked = draw_masks(3, 2, 40, 0.75)
     seen = []

@@ -1,4 +1,4 @@
-"""Pre-training: what a batch is, what is held out, what is refused. Resuming and its faults are in test_sweep.py."""
+"""Pre-training: what a batch is, what is held out, what is refused. Resuming and faults are in test_sweep.py."""
 import json
 import math
 import subprocess
@@ -36,7 +36,8 @@ def test_an_epoch_shows_each_window_once_and_a_batch_depends_on_its_step_alone()
     batches = [pretrain.batch_rows(step, 30, 12, seed=3) for step in range(5)]       # two epochs of 30
     assert sorted(np.concatenate(batches)[:30]) == list(range(30)) == sorted(np.concatenate(batches)[30:])
     assert np.array_equal(pretrain.batch_rows(3, 30, 12, seed=3), batches[3])
-    assert len(pretrain.batch_rows(0, 5, 12, seed=3)) == 12, "a set smaller than a batch is gone through more than once"
+    small = pretrain.batch_rows(0, 5, 12, seed=3)
+    assert len(small) == 12, "a set smaller than a batch is gone through more than once"
 
 
 def test_gravity_and_units_survive_standardising():
@@ -77,7 +78,8 @@ def test_a_cell_leaves_what_it_was_and_what_it_got(home):
     assert result["windows"] == 4 * 7 and result["users"] == 4 and result["hours"] == pytest.approx(4 * 7 / 360)
     assert result["loss"] == min(lines, key=lambda line: line["choose"])["loss"]
     assert result["loss_last"] == lines[-1]["loss"]
-    assert result["loss"] != result["loss_choose"], "chosen on one half of the held-out users, measured on the other"
+    chosen = result["loss_choose"]
+    assert result["loss"] != chosen, "chosen on one half of the held-out users, measured on the other"
     assert config["training"]["lr"] == result["lr"] and config["data"]["fingerprint"] == result["fingerprint"]
     assert "done" in run(home, "--users", 4, "--hours-per-user", 0.02, "--steps", 30, "--out", "runs/a").stdout
     other = run(home, "--users", 4, "--hours-per-user", 0.02, "--steps", 31, "--out", "runs/a")
@@ -87,9 +89,9 @@ def test_a_cell_leaves_what_it_was_and_what_it_got(home):
 
 
 @pytest.mark.parametrize("flags, word", [
-    (["--users", 99], "--users 99"), (["--hours-per-user", 0.001], "--hours-per-user"), (["--patch", 7], "--patch 7"),
-    (["--heads", 3], "heads"), (["--mask-ratio", 1], "--mask-ratio"), (["--steps", 0], "--steps"),
-    (["--lr", -1], "--lr"),
+    (["--users", 99], "--users 99"), (["--hours-per-user", 0.001], "--hours-per-user"),
+    (["--patch", 7], "--patch 7"), (["--heads", 3], "heads"), (["--mask-ratio", 1], "--mask-ratio"),
+    (["--steps", 0], "--steps"), (["--lr", -1], "--lr"),
     (["--device", "tpu9"], "--device"), (["--data", "nowhere"], "nowhere")])
 def test_what_cannot_be_run_is_refused_in_a_sentence(home, flags, word, monkeypatch, capsys):
     monkeypatch.chdir(home)

@@ -30,7 +30,8 @@ KEPT = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH")
 ENVIRONMENT = {**{name: os.environ[name] for name in KEPT if name in os.environ},
                "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 SHAPE = ["--patch", "20", "--batch", "16", "--decoder-width", "16", "--precision", "fp32"]
-TINY = ["--width", "8", "--depth", "1", "--heads", "2", *SHAPE, "--threads", "1", "--device", "cpu", "--steps", "300"]
+TINY = ["--width", "8", "--depth", "1", "--heads", "2", *SHAPE,
+        "--threads", "1", "--device", "cpu", "--steps", "300"]
 
 
 # ---------------------------------------------------------------- one run
@@ -50,7 +51,7 @@ def start(home, out, *flags):
 
 
 def interrupt(home, out, number, step):
-    """Run the command until it prints a step of `step` or later, send it the signal: its exit status and stderr."""
+    """Run the command until it prints a step of `step` or later, send it the signal: exit status and stderr."""
     process = start(home, out)
     for line in process.stdout:
         if line.startswith("step") and int(line.split()[1].split("/")[0]) >= step:
@@ -68,7 +69,7 @@ def inside(monkeypatch, capsys, home, out, *flags):
         data.command(pretrain.main)
     except SystemExit as left:
         status = left.code or 0
-    gc.collect()                                                 # closes what the traceback held open: the run's lock
+    gc.collect()                                                 # closes what the traceback held: the run's lock
     return status, capsys.readouterr().err
 
 
@@ -90,12 +91,14 @@ def outcome(run):
     result = json.loads((run / "result.json").read_text())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     state = torch.load(run / "checkpoint.pt", weights_only=True)
-    tensors = {f"{part}.{name}": tensor.tolist() for part in ("model", "best") for name, tensor in state[part].items()}
+    tensors = {f"{part}.{name}": tensor.tolist()
+               for part in ("model", "best") for name, tensor in state[part].items()}
     return result["loss"], result["loss_last"], [{**line, "seconds": None} for line in lines], tensors
 
 
 def test_a_run_cut_off_at_any_moment_goes_on_to_the_same_bits(home, runs):
-    assert runs[signal.SIGTERM][0] == 128 + 15 and runs[signal.SIGINT][0] == 128 + 2 and runs[signal.SIGKILL][0] == -9
+    assert runs[signal.SIGTERM][0] == 128 + 15 and runs[signal.SIGINT][0] == 128 + 2
+    assert runs[signal.SIGKILL][0] == -9
     assert "the same command goes on" in runs[signal.SIGTERM][1] and "saved" in runs[signal.SIGINT][1]
     assert outcome(home / "runs/cut") == outcome(home / "runs/whole")
     assert not list((home / "runs/cut").glob(".*.tmp*")), "nothing half-written is left"
@@ -124,10 +127,12 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_torn_one_to_the_same_bits(ho
     assert outcome(run) == outcome(home / "runs/whole")
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(home, runs, monkeypatch, capsys):
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(
+        home, runs, monkeypatch, capsys):
     run = shutil.copytree(home / "runs/middle", home / "runs/nan")
     schedule, step = pretrain.schedule, pretrain.load_checkpoint(run)["step"]
-    monkeypatch.setattr(pretrain, "schedule", lambda at, steps: float("nan") if at == step + 3 else schedule(at, steps))
+    broken = lambda at, steps: float("nan") if at == step + 3 else schedule(at, steps)
+    monkeypatch.setattr(pretrain, "schedule", broken)
     status, said = inside(monkeypatch, capsys, home, "runs/nan")
     assert status == 2 and f"nan at step {step + 5}" in said and "--lr" in said
     assert pretrain.load_checkpoint(run)["step"] == step and not (run / "result.json").exists()
@@ -157,10 +162,10 @@ def test_a_run_that_another_process_works_on_is_left_alone(home, runs, monkeypat
 
 
 def test_two_processes_get_the_loss_of_one(home, monkeypatch, capsys):
-    flags = ["--steps", "40", "--optimizer", "adamw"]            # Muon's products are in bf16: roundings would grow
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    two = subprocess.run([*torchrun, CODE / "pretrain.py", *TINY, *flags, "--out", "runs/two"], cwd=home,
-                         env=ENVIRONMENT, capture_output=True, text=True)
+    flags = ["--steps", "40", "--optimizer", "adamw"]            # Muon multiplies in bf16: roundings would grow
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    words = [sys.executable, *torchrun, CODE / "pretrain.py", *TINY, *flags, "--out", "runs/two"]
+    two = subprocess.run(words, cwd=home, env=ENVIRONMENT, capture_output=True, text=True)
     assert two.returncode == 0, two.stderr
     assert inside(monkeypatch, capsys, home, "runs/one", *flags)[0] == 0
     one, two = (json.loads((home / "runs" / name / "result.json").read_text()) for name in ("one", "two"))
@@ -186,7 +191,7 @@ def test_a_full_disk_stops_a_run_in_a_sentence_and_loses_nothing(home, runs, sma
     disk, resize = small_disk
     for name in ("config.json", "checkpoint.pt"):
         shutil.copy(home / "runs/middle" / name, disk)
-    resize(int((disk / "checkpoint.pt").stat().st_size * 1.6))    # room for this checkpoint, not for the next beside it
+    resize(int((disk / "checkpoint.pt").stat().st_size * 1.6))   # room for this checkpoint, not for a second
     step = pretrain.load_checkpoint(disk)["step"]
     status, said = inside(monkeypatch, capsys, home, disk)
     assert status == 2 and "No space left" in said and len(said.strip().splitlines()) == 1
@@ -382,7 +387,8 @@ def test_a_sweep_that_is_told_to_stop_lets_its_cells_save(stand_ins, number):
     code, home = stand_ins
     process = sweep(code, home, **GRID)
     assert wait_for(lambda: len(list(home.glob("runs/grid/*/config"))) == 2)
-    process.send_signal(number) if number == signal.SIGTERM else os.killpg(process.pid, number)  # a terminal tells all
+    # a terminal tells all
+    process.send_signal(number) if number == signal.SIGTERM else os.killpg(process.pid, number)
     status, said = finish(process)
     assert status == 128 + number and "the same command goes on" in said and not worked_on(home)
     assert any(map(steps_of, home.glob("runs/grid/*"))) and not list(home.glob("runs/grid/*/failed"))
@@ -435,7 +441,8 @@ def test_list_names_each_cell_with_its_commands_and_touches_nothing(stand_ins):
     assert len(listed) == 6 and not list(home.iterdir())
     assert "pretrain.py --out runs/grid/u2-hall-8x1x2-s0" in listed[1]
     assert "--hours" not in listed[1] and "--batch 64" in listed[1]
-    assert "finetune.py runs/grid/u2-hall-8x1x2-s0 --data simulated --mode probe" in listed[1] and "to do" in listed[1]
+    assert "finetune.py runs/grid/u2-hall-8x1x2-s0 --data simulated --mode probe" in listed[1]
+    assert "to do" in listed[1]
 
 
 @pytest.mark.parametrize("arguments, variables, word", [
@@ -484,11 +491,12 @@ def free_port():
 
 @pytest.fixture
 def slurm(tmp_path):
-    """A Slurm of one node with its own munge, as long as the test lasts: calls its commands, returns what they say."""
+    """A Slurm of one node with its own munge, for one test: calls its commands, returns what they say."""
     path = os.environ["PATH"] + ":/usr/sbin:/sbin"
     missing = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if not shutil.which(name, path=path)]
     if missing or os.geteuid():
-        pytest.skip(f"not installed: {', '.join(missing)} (Debian: slurm-wlm munge)" if missing else "slurmd is root's")
+        needed = f"not installed: {', '.join(missing)} (Debian: slurm-wlm munge)"
+        pytest.skip(needed if missing else "slurmd is root's")
     node, conf = socket.gethostname().split(".")[0], tmp_path / "slurm.conf"
     for name in ("state", "spool"):
         (tmp_path / name).mkdir()
@@ -517,13 +525,15 @@ PartitionName=main Nodes=ALL Default=YES State=UP
                                                  capture_output=True, text=True).stdout
     daemons = []
     try:
-        munged = ["munged", "-F", "--force", "-S", tmp_path / "munge", "--key-file", tmp_path / "key", "--log-file",
-                  tmp_path / "munge.log", "--pid-file", tmp_path / "munge.pid", "--seed-file", tmp_path / "seed"]
+        munged = ["munged", "-F", "--force", "-S", tmp_path / "munge", "--key-file", tmp_path / "key",
+                  "--log-file", tmp_path / "munge.log", "--pid-file", tmp_path / "munge.pid",
+                  "--seed-file", tmp_path / "seed"]
         for words in (munged, ["slurmctld", "-D", "-c"], ["slurmd", "-D"]):
             with open(tmp_path / f"{words[0]}.log", "w") as log:
                 daemons.append(subprocess.Popen(words, env=environment, stdout=log, stderr=log))
             time.sleep(1)
-        assert wait_for(lambda: "idle" in call("sinfo", "-h", "-o", "%T")), (tmp_path / "slurmctld.log").read_text()
+        idle = wait_for(lambda: "idle" in call("sinfo", "-h", "-o", "%T"))
+        assert idle, (tmp_path / "slurmctld.log").read_text()
         yield call
         call("scancel", "--user=root")
         wait_for(lambda: not call("squeue", "-h"), 20)
@@ -534,7 +544,7 @@ PartitionName=main Nodes=ALL Default=YES State=UP
 
 
 def test_a_slurm_job_array_does_the_cells_and_a_time_limit_loses_nothing(stand_ins, slurm):
-    """The second task gets, while it runs, the signal that announces the time limit: it saves, and is queued again."""
+    """The second task gets, while it runs, the signal that announces the time limit: it saves and is requeued."""
     code, home = stand_ins
     grid = {**GRID, "USERS": "2 3", "HOURS": "0.1", "STEPS": "600"}
     job = slurm("sbatch", "--parsable", "--array=1-2", code / "sweep.sh", **grid).strip()
@@ -543,7 +553,7 @@ def test_a_slurm_job_array_does_the_cells_and_a_time_limit_loses_nothing(stand_i
     slurm("scancel", "--batch", "--signal=USR1", f"{job}_2")
     assert wait_for(lambda: "saved at" in "".join(lines(second / "log.txt")))
 
-    def done():                                                   # Slurm lets two minutes pass before a job runs again
+    def done():                                                   # Slurm holds a requeued job for two minutes
         slurm("scontrol", "update", f"JobId={job}_2", "StartTime=now")
         return (home / "results/grid/results.csv").exists()
 
