@@ -19,6 +19,7 @@ test users are looked at once, when all that is decided.
     python finetune.py runs/first --data simulated
     python finetune.py runs/first --data ucihar --mode tune
     python finetune.py runs/first --data wisdm_watch --label-users 1,2,4,8,16    # what pre-training saves in labels
+    python finetune.py runs/first --data wisdm_watch --split validation          # to choose between runs: no test user
     python finetune.py runs/first --data wisdm_watch --split window              # how good a leak looks
 """
 import os
