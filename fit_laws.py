@@ -865,18 +865,20 @@ def figure_users_or_hours(joint, table):
     """Left: lines of equal loss and of equal hours over users and hours per user; right: the loss along the latter."""
     figure, (left, right) = panels(2)
     largest = table["params_encoder"].max()
-    users, hours = (np.geomspace(table[name].min() / 1.5, table[name].max() * 1.5, 50) for name in FACTORS[:2])
+    users, hours = (np.geomspace(table[name].min(), table[name].max(), 50) for name in FACTORS[:2])
     with_size = lambda u, h: [u, h] + [np.full(len(u), largest)] * (len(joint.x) - 2)
     surface = law(joint, with_size(np.tile(users, 50), np.repeat(hours, 50))).reshape(50, 50)
     left.clabel(left.contour(users, hours, surface, levels=8, cmap="viridis_r"), fontsize=9, fmt="%.3g")
     left.plot(table["users"], table["hours_per_user"], "o", ms=4, color="black")
     for total, colour in zip(np.geomspace(table["hours"].min(), table["hours"].max(), 5)[1:-1], COLOURS):
         left.plot(users, total / users, ":", color=colour, lw=2)
-        ways = users[(total / users > hours[0]) & (total / users < hours[-1])]
-        draw_law(right, joint, with_size(ways, total / ways), ways, colour, f"{total:.2g} hours in all")
+        ways = users[(total / users > hours[0]) & (total / users < hours[-1])]            # beyond, a law may explode
+        if len(ways):
+            draw_law(right, joint, with_size(ways, total / ways), ways, colour, f"{total:.2g} hours in all")
         near = (table["params_encoder"] == largest) & (np.abs(np.log(table["hours"] / total)) < .35)
         right.plot(table["users"][near], table[joint.y][near], "o", color=colour, ms=5, mec="white", mew=.5)
-    left.set(xlim=users[[0, -1]], ylim=hours[[0, -1]], title="lines of equal loss; dotted: of equal hours")
+    left.set(xlim=users[[0, -1]] * [.8, 1.25], ylim=hours[[0, -1]] * [.8, 1.25],
+             title="lines of equal loss; dotted: of equal hours")
     right.legend()
     finish(left, "users", "hours_per_user")
     finish(right, "users", f"{joint.y} at equal hours, {largest:,.0f} parameters")
