@@ -109,6 +109,9 @@ def command(main):
     except Refused as refusal:
         print(f"{Path(sys.argv[0]).name}: {refusal}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:                                      # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as error:                                     # a full disk, a folder that can't be written to
         print(f"{Path(sys.argv[0]).name}: {error.strerror or error} ({error.filename or 'while writing'}); nothing "
               "finished was touched: make room or choose another place, and run the command again", file=sys.stderr)

@@ -17,9 +17,7 @@ What differs from the textbook MAE (He et al. 2021):
     python model.py                    # the grid's architectures: parameters, FLOPs, tokens
     python model.py --patch 10         # the same, with half-second patches
 """
-import argparse
-import math
-import re
+import argparse, math, re
 
 import torch
 import torch.nn as nn
@@ -49,10 +47,9 @@ def draw_masks(batch, sensors, steps, mask_ratio, masking="patch", generator=Non
     masking: "patch" draws each token alone (He et al. 2021), "time" hides a time step in all sensors at once, "span"
     hides stretches of 4 patches (as LIMU-BERT, Xu et al. 2021). All hide the same number of tokens.
     """
-    if masking == "patch":
-        noise = torch.rand(batch, sensors, steps, generator=generator)
-    elif masking == "time":
-        noise = torch.rand(batch, 1, steps, generator=generator).expand(batch, sensors, steps)
+    if masking in ("patch", "time"):
+        rows = sensors if masking == "patch" else 1
+        noise = torch.rand(batch, rows, steps, generator=generator).expand(batch, sensors, steps)
     elif masking == "span":
         offset = int(torch.randint(4, (), generator=generator))
         noise = torch.rand(batch, sensors, steps // 4 + 2, generator=generator).repeat_interleave(4, dim=2)
@@ -66,8 +63,7 @@ def draw_masks(batch, sensors, steps, mask_ratio, masking="patch", generator=Non
 # ---------------------------------------------------------------- positions
 def rotary_table(steps, head_width):
     """The turn of each time step, complex (G, Dh/2): exp(i w t) (Su et al. 2021), with w from pi rad a patch, the
-    fastest that a row of patches can show, down a hundredfold. The scale 1/sqrt(Dh) of q @ k is folded in, half into
-    each."""
+    fastest that a row of patches can show, down a hundredfold. q and k carry half each of their scale 1/sqrt(Dh)."""
     pairs = head_width // 2
     w = math.pi * 100.0 ** -(torch.arange(pairs) / pairs)
     return torch.polar(torch.tensor(head_width ** -0.25), torch.arange(steps)[:, None] * w)
@@ -118,16 +114,14 @@ class Block(nn.Module):
 
     def forward(self, x, turn_x, context=None, turn_context=None):
         h = self.norm1(x)
-        x = x + (self.attention(h, h, turn_x, turn_x) if context is None else
-                 self.attention(h, context, turn_x, turn_context))
+        if context is None:
+            context, turn_context = h, turn_x
+        x = x + self.attention(h, context, turn_x, turn_context)
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
 class MAE(nn.Module):
-    """The masked autoencoder of (B, 3 x sensors, steps x patch) windows.
-
-    Raises Refused for a shape that can't be built.
-    """
+    """The masked autoencoder of (B, 3 x sensors, steps x patch) windows. Raises Refused where it can't be built."""
 
     def __init__(self, width, depth, heads, patch=5, sensors=2, steps=40, decoder_width=64, decoder_depth=1,
                  decoder_heads=4, positions="rotary"):
@@ -155,15 +149,14 @@ class MAE(nn.Module):
 
     def place(self, positions, part, width, heads):
         """Give `part` its tables of time: what turns queries and keys (G, Dh/2), what is added to tokens (G, D)."""
-        turns, added = rotary_table(self.steps, width // heads), torch.zeros(self.steps, width)
+        turns = rotary_table(self.steps, width // heads)
+        added = nn.Buffer(torch.zeros(self.steps, width), persistent=False)
         if positions != "rotary":
             turns = torch.full_like(turns, (width // heads) ** -0.25)                            # only the scale
-            added = sincos_table(self.steps, width)
-        self.register_buffer(f"{part}_turns", turns, persistent=False)
-        if positions == "learned":
-            setattr(self, f"{part}_added", nn.Parameter(0.02 * torch.randn(self.steps, width)))
-        else:
-            self.register_buffer(f"{part}_added", added, persistent=False)
+            added = (nn.Parameter(0.02 * torch.randn(self.steps, width)) if positions == "learned" else
+                     nn.Buffer(sincos_table(self.steps, width), persistent=False))
+        setattr(self, f"{part}_turns", nn.Buffer(turns, persistent=False))
+        setattr(self, f"{part}_added", added)
 
     def encode(self, tokens, index, steps):
         """Visible tokens (B, K, 3P), their indices (B, K) into S x `steps` -> latents (B, K, D)."""
@@ -184,11 +177,8 @@ class MAE(nn.Module):
         return self.predict(self.decoder_norm(x))
 
     def forward(self, x, keep, masked, normalise=False):
-        """Reconstruction loss of windows x (B, C, T): mean squared error on the masked patches, a scalar.
-
-        `normalise` sets as target each window's channels less their mean, over their deviation (the MAE paper's section
-        4.1, by window instead of by patch).
-        """
+        """Reconstruction loss of windows x (B, C, T): mean squared error on the masked patches, a scalar. `normalise`:
+        the target is each channel less its mean over the window, by its deviation (He et al. 2021, 4.1, by patch)."""
         steps = x.shape[2] // self.patch
         pick = lambda windows, index: take(patchify(windows, self.patch).flatten(1, 2), index)
         predicted = self.decode(self.encode(pick(x, keep), keep, steps), keep, masked, steps)
@@ -225,18 +215,16 @@ def baseline_loss(x, keep, masked, patch):
 # ---------------------------------------------------------------- its size and cost
 def parameters(model):
     """(all trained, encoder): the encoder is what is kept after pre-training, and what the laws call parameters."""
-    parts = [model.embed, model.sensor, model.blocks, model.norm]
-    encoder = sum(p.numel() for part in parts for p in part.parameters())
-    added = model.encoder_added.numel() if isinstance(model.encoder_added, nn.Parameter) else 0
-    return sum(p.numel() for p in model.parameters()), encoder + added
+    kept = ("embed.", "sensor.", "blocks.", "norm.", "encoder_added")
+    encoder = sum(p.numel() for name, p in model.named_parameters() if name.startswith(kept))
+    return sum(p.numel() for p in model.parameters()), encoder
 
 
 def forward_flops(width, depth, patch, sensors, steps, mask_ratio, decoder_width, decoder_depth):
     """FLOPs of one window's forward pass, two a multiply-add, matrix products only. A training step costs three times
     that: the backward pass has a product for the gradient of each factor."""
-    N = sensors * steps
-    K, D, E = visible_tokens(N, mask_ratio), width, decoder_width
-    M = N - K
+    K = visible_tokens(sensors * steps, mask_ratio)
+    M, D, E = sensors * steps - K, width, decoder_width
     attention = lambda queries, keys, w: 4 * queries * w * w + 4 * keys * w * w + 4 * queries * keys * w
     perceptron = lambda tokens, w: 16 * tokens * w * w
     return (2 * K * 3 * patch * D + depth * (attention(K, K, D) + perceptron(K, D)) + 2 * K * D * E

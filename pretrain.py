@@ -207,13 +207,15 @@ def load_checkpoint(run, device="cpu"):
     return None
 
 
-def read_json(path, *keys):
-    """The JSON object at `path`, with `keys`. Raises Refused where it is damaged."""
+def read_json(path, **kinds):
+    """The JSON object at `path`, with keys of these types. Raises Refused where it is damaged."""
     try:
         content = json.loads(path.read_text())
-        return {**content, **{key: content[key] for key in keys}}
-    except (ValueError, TypeError, KeyError):
-        raise Refused(f"{path} is damaged: put it back, or delete its folder to start this run anew") from None
+    except ValueError:                                           # not JSON, or not text
+        content = None
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), kinds[key]) for key in kinds):
+        raise Refused(f"{path} is damaged: put it back, or delete its folder to start this run anew")
+    return content
 
 
 def load_run(run):
@@ -224,7 +226,7 @@ def load_run(run):
     state = load_checkpoint(run)
     if state is None:
         raise Refused(f"{run} has no checkpoint yet: let pretrain.py finish it")
-    config = read_json(run / "config.json", "data", "model", "training")
+    config = read_json(run / "config.json", data=dict, model=dict, training=dict)
     if config["model"] != state["config"]["model"]:
         raise Refused(f"the checkpoint in {run} is of another architecture than its config.json says: "
                       f"{state['config']['model']}")
@@ -251,8 +253,23 @@ def lock(run):
 
 def differences(old, new):
     """What differs between two configs, for a sentence: "steps 100 -> 200"."""
-    return ", ".join(f"{key} {old.get(part, {}).get(key)} -> {value}" for part in ("data", "model", "training")
-                     for key, value in new[part].items() if old.get(part, {}).get(key) != value)
+    return ", ".join(f"{key} {old[part].get(key)} -> {value}" for part in ("data", "model", "training")
+                     for key, value in new[part].items() if old[part].get(key) != value)
+
+
+def finished(run, config, rank):
+    """Whether `run` has its result; a new run gets its config.json. Raises Refused where it is another run's folder."""
+    if (run / "config.json").exists():
+        changed = differences(read_json(run / "config.json", data=dict, model=dict, training=dict), config)
+        if changed:
+            raise Refused(f"{run} holds another run ({changed}): choose another --out, or delete that folder")
+    if (run / "result.json").exists():
+        if rank == 0:
+            print(f"{run} is done: loss {read_json(run / 'result.json', loss=float)['loss']:.4f}")
+        return True
+    if rank == 0 and not (run / "config.json").exists():
+        write_json(run / "config.json", config)
+    return False
 
 
 # ---------------------------------------------------------------- the machine
@@ -417,16 +434,8 @@ def main():
 
     if rank == 0:
         held_lock = lock(run)                                    # open, so held, until this process ends
-    if (run / "config.json").exists():
-        changed = differences(read_json(run / "config.json", "data", "model", "training"), config)
-        if changed:
-            raise Refused(f"{run} holds another run ({changed}): choose another --out, or delete that folder")
-    if (run / "result.json").exists():                           # all processes leave, or one would wait for the others
-        if rank == 0:
-            print(f"{run} is done: loss {read_json(run / 'result.json', 'loss')['loss']:.4f}")
+    if finished(run, config, rank):                              # all processes leave, or one would wait for the others
         return
-    if rank == 0 and not (run / "config.json").exists():
-        write_json(run / "config.json", config)
 
     users = trainable[:a.users]
     rows = draw_windows(prepared, users, a.hours_per_user, a.seed)
