@@ -243,8 +243,8 @@ BAD = {
 def test_a_table_that_cannot_be_fitted_is_refused_in_a_sentence(why, tmp_path, monkeypatch):
     text, words = BAD[why]
     (tmp_path / "t.csv").write_bytes(text.encode(errors="surrogateescape"))
-    words = ["fit_laws.py", str(tmp_path / "t.csv"), "--x", "x", "--out", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", words)
+    line = ["fit_laws.py", str(tmp_path / "t.csv"), "--x", "x", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", line)
     with pytest.raises(Refused, match=words):
         fit_laws.main()
     assert os.listdir(tmp_path) == ["t.csv"]
