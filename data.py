@@ -854,11 +854,12 @@ def load_one(name, root):
     meta = read_meta(folder)
     try:
         arrays = [np.load(folder / f"{part}.npy", mmap_mode="r") for part in ("windows", "users", "labels")]
-        if fingerprint(*arrays) == meta["fingerprint"]:
-            return Prepared(*arrays, meta)
-    except (OSError, ValueError, EOFError, IndexError):
-        pass                                                     # cut off, or of other shapes
-    raise Refused(f"{folder} is damaged, or was changed after it was prepared; prepare it again with --force")
+        whole = fingerprint(*arrays) == meta["fingerprint"]
+    except (OSError, ValueError, EOFError, IndexError):          # cut off, or of other shapes
+        whole = False
+    if not whole:
+        raise Refused(f"{folder} is damaged, or was changed after it was prepared; prepare it again with --force")
+    return Prepared(*arrays, meta)
 
 
 def read_meta(folder):
