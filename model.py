@@ -97,7 +97,7 @@ class Attention(nn.Module):
         B, M, D = x.shape
         q = self.query(x).view(B, M, self.heads, -1).transpose(1, 2)                             # (B, H, M, Dh)
         k, v = self.key_value(context).view(B, -1, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        # keys as rows: a softmax down the columns takes a fifth of the time of one along rows as short as these
+        # keys as rows: over two threads, a softmax down columns takes a fifth of the time of one along such short rows
         weights = (rotate(k, turn_context) @ rotate(q, turn_x).mT).softmax(dim=-2, dtype=torch.float32)   # (B, H, K, M)
         return self.out((weights.mT @ v).transpose(1, 2).reshape(B, M, D))
 
