@@ -1,90 +1,74 @@
 """
-The model: a masked autoencoder (MAE) with a Transformer encoder, for windows of accelerometer + gyroscope.
+The model: a masked autoencoder (MAE) with a Transformer encoder, for windows of two motion sensors.
 
-    x (B, C, T)           standardised windows: C = 3 axes x S sensors, T samples
-      patchify        ->  (B, N, 3P)   a token is one sensor over P samples; N = S x G, G = T / P, accelerometer first
-      draw_masks      ->  keep (B, K), masked (B, M): the tokens the encoder sees, those it must guess; K + M = N
-      encode          ->  (B, K, D)    the visible tokens only, through `depth` blocks
-      decode          ->  (B, M, 3P)   each masked patch asks the visible ones: narrow, shallow cross-attention
-      loss                             mean squared error on the masked patches
+    x (B, C, T)       scaled windows: C = 3 axes x S sensors, T samples
+      patchify    ->  (B, S, G, 3P)   a token is one sensor over P samples; G = T / P
+      draw_masks  ->  keep (B, K), masked (B, M): which of the N = S x G tokens the encoder sees and
+                      which are to be predicted; the G of the accelerometer come first
+      encode      ->  (B, K, D)       the visible tokens only, through `depth` blocks
+      decode      ->  (B, M, 3P)      a narrow, shallow decoder predicts each masked patch
+      forward     ->  (B,)            mean squared error on the masked patches of each window
 
-What differs from the textbook MAE (He et al. 2021):
-  - rotary positions on time in every attention: movement is periodic, and relative time is what tells its phase
-  - short patches (0.25 s): a step is several tokens
-  - masked tokens are only queries in the decoder (CrossMAE, Fu et al. 2024): nothing is computed for what is visible
-  - attention written out, linear layers without bias: faster on a CPU
+What differs from the MAE of He et al. (2021, arXiv 2111.06377), as measured in results/recipe.md:
+  - rotary positions in every attention: movement is periodic, and relative time tells its phase
+  - short patches (0.25 s): a stride is several tokens
+  - masked tokens are only queries in the decoder (CrossMAE, Fu et al. 2024, arXiv 2401.14391)
+  - attention written out, and no bias in linear layers: faster on a CPU
 
-    python model.py                    # the grid's architectures: parameters, FLOPs, tokens
-    python model.py --patch 10         # the same, with half-second patches
+    python model.py --patch 5          # the grid's architectures: parameters, FLOPs, tokens
 """
-import argparse, math, re
+import argparse
+import math
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import Refused, command
-
-GRID = ["16x2x2", "32x3x2", "64x3x4", "128x4x4", "256x6x8"]      # width x depth x heads
-
-
-# ---------------------------------------------------------------- patchify, mask
+# ---------------------------------------------------------------- patches and masks
 def patchify(x, patch):
-    """(B, C, T) -> (B, S, G, 3P): one sensor's three axes over P samples; a tail shorter than a patch is cut."""
+    """(B, C, T) -> (B, S, G, 3P): one sensor's three axes over P samples. A tail is cut off."""
     B, C, T = x.shape
     G = T // patch
-    return x[..., :G * patch].reshape(B, C // 3, 3, G, patch).transpose(2, 3).reshape(B, C // 3, G, 3 * patch)
+    x = x[..., :G * patch].reshape(B, C // 3, 3, G, patch)
+    return x.transpose(2, 3).reshape(B, C // 3, G, 3 * patch)
 
+def unpatchify(tokens, patch):
+    """(B, S, G, 3P) -> (B, C, T), the inverse of `patchify`."""
+    B, S, G, _ = tokens.shape
+    return tokens.view(B, S, G, 3, patch).transpose(2, 3).reshape(B, 3 * S, G * patch)
+
+def select(tokens, index):
+    """Tokens (B, N, F) at index (B, K) -> (B, K, F)."""
+    return tokens[torch.arange(len(tokens), device=tokens.device)[:, None], index]
 
 def visible_tokens(tokens, mask_ratio):
-    """K, how many of N tokens the encoder sees."""
+    """How many of all tokens the encoder sees."""
     return tokens - round(tokens * mask_ratio)
 
-
-def draw_masks(batch, sensors, steps, mask_ratio, masking="patch", generator=None):
-    """Draw which of the N = sensors x steps tokens are visible: keep (B, K) and masked (B, M), indices into N.
-
-    masking: "patch" draws each token alone (He et al. 2021), "time" hides a time step in all sensors at once, "span"
-    hides stretches of 4 patches (as LIMU-BERT, Xu et al. 2021). All hide the same number of tokens.
-    """
-    if masking in ("patch", "time"):
-        rows = sensors if masking == "patch" else 1
-        noise = torch.rand(batch, rows, steps, generator=generator).expand(batch, sensors, steps)
-    elif masking == "span":
-        offset = int(torch.randint(4, (), generator=generator))
-        noise = torch.rand(batch, sensors, steps // 4 + 2, generator=generator).repeat_interleave(4, dim=2)
-        noise = noise[:, :, offset:offset + steps]
-    else:
-        raise Refused(f"no masking is called '{masking}': choose patch, time or span")
-    order = noise.flatten(1).argsort(dim=1, stable=True)
-    return order.split([K := visible_tokens(sensors * steps, mask_ratio), sensors * steps - K], dim=1)
-
+def draw_masks(batch, tokens, mask_ratio, generator=None):
+    """Draw which tokens of each window are visible (He et al. 2021, section 3): (B, K), (B, M)."""
+    order = torch.rand(batch, tokens, generator=generator).argsort(dim=1, stable=True)
+    visible = visible_tokens(tokens, mask_ratio)
+    return order[:, :visible], order[:, visible:]
 
 # ---------------------------------------------------------------- positions
-def rotary_table(steps, head_width):
-    """The turn of each time step, complex (G, Dh/2): exp(i w t) (Su et al. 2021), with w from pi rad a patch, the
-    fastest that a row of patches can show, down a hundredfold. q and k carry half each of their scale 1/sqrt(Dh)."""
+def rotary(time, head_width):
+    """Rotations exp(i w t) at patch numbers t (B, K): complex (B, 1, K, Dh/2). w falls from pi rad
+    a patch, the fastest that patches can show, to about pi / 100 (Su et al., arXiv 2104.09864)."""
     pairs = head_width // 2
-    w = math.pi * 100.0 ** -(torch.arange(pairs) / pairs)
-    return torch.polar(torch.tensor(head_width ** -0.25), torch.arange(steps)[:, None] * w)
+    w = math.pi * 100.0 ** -(torch.arange(pairs, device=time.device) / pairs)
+    angle = time[:, None, :, None] * w
+    return torch.polar(torch.ones_like(angle), angle)
 
-
-def rotate(x, turn):
-    """Turn the feature pairs of x (B, H, K, Dh) by `turn` (B, 1, K, Dh/2): q @ k then depends on the time between two
-    tokens, not on where in the window they lie. One complex product: a third of the traffic of four real ones."""
+def rotate(x, rotation):
+    """Rotate pairs of features of x (B, H, K, Dh): the product of a query and a key then depends on
+    the time between the two tokens, not on where in the window they are."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
-
-
-def sincos_table(steps, width):
-    """Fixed positions to add to tokens, (G, D) (Vaswani et al. 2017, section 3.5)."""
-    angle = torch.arange(steps)[:, None] * 10000.0 ** -(torch.arange(width // 2) / (width // 2))
-    return torch.cat([angle.sin(), angle.cos()], dim=1)
-
+    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
 
 # ---------------------------------------------------------------- the Transformer
 class Attention(nn.Module):
-    """Queries from x (B, M, D), keys and values from context (B, K, D); the two are the same in self-attention."""
+    """Queries from x (B, M, D), keys and values from context (B, K, D)."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -93,166 +77,168 @@ class Attention(nn.Module):
         self.key_value = nn.Linear(width, 2 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
-    def forward(self, x, context, turn_x, turn_context):
-        B, M, D = x.shape
-        q = self.query(x).view(B, M, self.heads, -1).transpose(1, 2)                             # (B, H, M, Dh)
-        k, v = self.key_value(context).view(B, -1, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        # keys as rows: over two threads, a softmax down columns takes a fifth of the time of one along such short rows
-        weights = (rotate(k, turn_context) @ rotate(q, turn_x).mT).softmax(dim=-2, dtype=torch.float32)   # (B, H, K, M)
-        return self.out((weights.mT @ v).transpose(1, 2).reshape(B, M, D))
+    def split_heads(self, x):
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)               # (B, H, K, Dh)
 
+    def forward(self, x, context, rotation_x, rotation_context):
+        q = rotate(self.split_heads(self.query(x)), rotation_x)                # (B, H, M, Dh)
+        k, v = (self.split_heads(part) for part in self.key_value(context).chunk(2, dim=-1))
+        k = rotate(k, rotation_context)                                        # (B, H, K, Dh)
+        weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1)             # (B, H, M, K)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))              # (B, M, D)
 
 class Block(nn.Module):
-    """Pre-norm Transformer block: attention, then a perceptron four times as wide."""
+    """Pre-norm Transformer block: attention, then an MLP four times as wide."""
 
     def __init__(self, width, heads):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
+        self.norm1, self.norm2 = (nn.LayerNorm(width, bias=False) for _ in range(2))
         self.attention = Attention(width, heads)
         self.up = nn.Linear(width, 4 * width, bias=False)
         self.down = nn.Linear(4 * width, width, bias=False)
+        nn.init.zeros_(self.attention.out.weight)      # a block starts as the identity: the loss
+        nn.init.zeros_(self.down.weight)               # falls faster in the first steps
 
-    def forward(self, x, turn_x, context=None, turn_context=None):
+    def forward(self, x, rotation, context=None, rotation_context=None):
         h = self.norm1(x)
-        if context is None:
-            context, turn_context = h, turn_x
-        x = x + self.attention(h, context, turn_x, turn_context)
+        if context is None:                                                    # self-attention
+            context, rotation_context = h, rotation
+        x = x + self.attention(h, context, rotation, rotation_context)
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
-
 class MAE(nn.Module):
-    """The masked autoencoder of (B, 3 x sensors, steps x patch) windows. Raises Refused where it can't be built."""
+    """The masked autoencoder for windows x (B, 3 x sensors, T).
 
-    def __init__(self, width, depth, heads, patch=5, sensors=2, steps=40, decoder_width=64, decoder_depth=1,
-                 decoder_heads=4, positions="rotary"):
+    target: what is predicted. "raw": the signal; "window": each channel less its mean over the
+    window, divided by its deviation (He et al. 2021, section 4.1, do this for each patch).
+    Raises ValueError if the heads don't divide the width into even parts."""
+
+    def __init__(self, width, depth, heads, patch=5, sensors=2, decoder_width=64, decoder_depth=1,
+                 decoder_heads=4, target="raw"):
         super().__init__()
         for w, h in ((width, heads), (decoder_width, decoder_heads)):
-            if w % h or (w // h) % 2:
-                raise Refused(f"{h} heads don't divide a width of {w} into even parts: choose an even width / heads")
-        self.patch, self.sensors, self.steps = patch, sensors, steps
+            if w % (2 * h):
+                raise ValueError(f"{h} heads don't divide a width of {w} into even parts: choose a "
+                                 f"width that is a multiple of {2 * h}")
+        self.patch, self.sensors, self.target = patch, sensors, target
+        self.head_width, self.decoder_head_width = width // heads, decoder_width // decoder_heads
         self.embed = nn.Linear(3 * patch, width, bias=False)
         self.sensor = nn.Embedding(sensors, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, bias=False)
         self.to_decoder = nn.Linear(width, decoder_width, bias=False)
         self.mask_token = nn.Embedding(sensors, decoder_width)
-        self.decoder = nn.ModuleList(Block(decoder_width, decoder_heads) for _ in range(decoder_depth))
+        self.decoder = nn.ModuleList(Block(decoder_width, decoder_heads)
+                                     for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_width, bias=False)
         self.predict = nn.Linear(decoder_width, 3 * patch)
-        self.place(positions, "encoder", width, heads)
-        self.place(positions, "decoder", decoder_width, decoder_heads)
         for table in (self.sensor, self.mask_token):
             nn.init.normal_(table.weight, std=0.02)
-        for block in [*self.blocks, *self.decoder]:              # starts as the identity: early steps go further
-            nn.init.zeros_(block.attention.out.weight)
-            nn.init.zeros_(block.down.weight)
 
-    def place(self, positions, part, width, heads):
-        """Give `part` its tables of time: what turns queries and keys (G, Dh/2), what is added to tokens (G, D)."""
-        turns = rotary_table(self.steps, width // heads)
-        added = nn.Buffer(torch.zeros(self.steps, width), persistent=False)
-        if positions != "rotary":
-            turns = torch.full_like(turns, (width // heads) ** -0.25)                            # only the scale
-            added = (nn.Parameter(0.02 * torch.randn(self.steps, width)) if positions == "learned" else
-                     nn.Buffer(sincos_table(self.steps, width), persistent=False))
-        setattr(self, f"{part}_turns", nn.Buffer(turns, persistent=False))
-        setattr(self, f"{part}_added", added)
-
-    def encode(self, tokens, index, steps):
-        """Visible tokens (B, K, 3P), their indices (B, K) into S x `steps` -> latents (B, K, D)."""
-        sensor, time = index // steps, index % steps
-        x = self.embed(tokens) + self.sensor(sensor) + self.encoder_added[time]
-        turn = self.encoder_turns[time][:, None]                                                 # (B, 1, K, Dh/2)
+    def encode(self, tokens, index, patches):
+        """Visible tokens (B, K, 3P) at index (B, K) into S x `patches` -> latents (B, K, D)."""
+        x = self.embed(tokens) + self.sensor(index // patches)
+        rotation = rotary(index % patches, self.head_width)
         for block in self.blocks:
-            x = block(x, turn)
+            x = block(x, rotation)
         return self.norm(x)
 
-    def decode(self, latents, keep, masked, steps):
-        """Latents (B, K, D) of the tokens `keep` -> predicted patches (B, M, 3P) of the tokens `masked`."""
-        context = self.to_decoder(latents) + self.decoder_added[keep % steps]                    # (B, K, Dd)
-        x = self.mask_token(masked // steps) + self.decoder_added[masked % steps]                # (B, M, Dd)
-        turn_x, turn_context = (self.decoder_turns[index % steps][:, None] for index in (masked, keep))
+    def decode(self, latents, keep, masked, patches):
+        """Latents (B, K, D) of the tokens `keep` -> predicted patches (B, M, 3P) at `masked`."""
+        context, x = self.to_decoder(latents), self.mask_token(masked // patches)
+        rotation_context, rotation = (rotary(index % patches, self.decoder_head_width)
+                                      for index in (keep, masked))
         for block in self.decoder:
-            x = block(x, turn_x, context, turn_context)
-        return self.predict(self.decoder_norm(x))
+            x = block(x, rotation, context, rotation_context)
+        return self.predict(self.decoder_norm(x)).float()
 
-    def forward(self, x, keep, masked, normalise=False):
-        """Reconstruction loss of windows x (B, C, T): mean squared error on the masked patches, a scalar. `normalise`:
-        the target is each channel less its mean over the window, by its deviation (He et al. 2021, 4.1, by patch)."""
-        steps = x.shape[2] // self.patch
-        pick = lambda windows, index: take(patchify(windows, self.patch).flatten(1, 2), index)
-        predicted = self.decode(self.encode(pick(x, keep), keep, steps), keep, masked, steps)
-        if normalise:
-            x = (x - x.mean(2, keepdim=True)) / (x.std(2, keepdim=True) + 0.1)
-        return F.mse_loss(predicted.float(), pick(x, masked))
+    def target_of(self, x):
+        """What is to be predicted of windows x (B, C, T): (B, C, T)."""
+        if self.target == "raw":
+            return x
+        deviation = x.std(2, keepdim=True) + 0.1       # + 0.1: no noise of a still sensor
+        return (x - x.mean(2, keepdim=True)) / deviation
 
-    def features(self, x):
-        """What a probe sees: windows (B, C, T) -> latents (B, S, G, D) of every patch, none masked. T may differ from
-        the windows the model was trained on; added positions end at the trained number of steps."""
+    def predictions(self, x, keep, masked):
+        """Windows x (B, C, T) -> predicted patches (B, M, 3P)."""
+        patches = x.shape[2] // self.patch
+        tokens = select(patchify(x, self.patch).flatten(1, 2), keep)
+        return self.decode(self.encode(tokens, keep, patches), keep, masked, patches)
+
+    def forward(self, x, keep, masked):
+        """The loss of each window x (B, C, T), (B,): mean squared error on its masked patches."""
+        truth = select(patchify(self.target_of(x), self.patch).flatten(1, 2), masked)
+        return (self.predictions(x, keep, masked) - truth).square().mean((1, 2))
+
+    def reconstruct(self, x, keep, masked):
+        """Windows x (B, C, T) -> (B, C, T): their target, the masked patches as predicted."""
+        truth = patchify(self.target_of(x), self.patch)                        # (B, S, G, 3P)
+        index = masked[..., None].expand(-1, -1, truth.shape[-1])
+        tokens = truth.flatten(1, 2).scatter(1, index, self.predictions(x, keep, masked))
+        return unpatchify(tokens.view(truth.shape), self.patch)
+
+    def features(self, x, sensors=None):
+        """Windows (B, C, T), of any length T -> latents (B, S, G, D) of all patches, none masked.
+
+        sensors: the numbers by which the encoder knows the sensors of x; all of them by default."""
         tokens = patchify(x, self.patch)
         B, S, G, _ = tokens.shape
-        index = torch.arange(S * G, device=x.device).expand(B, -1)
+        numbers = torch.tensor(range(self.sensors) if sensors is None else sensors, device=x.device)
+        index = (numbers[:, None] * G + torch.arange(G, device=x.device)).flatten().expand(B, -1)
         return self.encode(tokens.flatten(1, 2), index, G).view(B, S, G, -1)
 
-
-def take(tokens, index):
-    """Pick tokens (B, N, F) by index (B, K) -> (B, K, F); by rows, several times faster than torch.gather."""
-    rows = index + torch.arange(len(tokens), device=tokens.device)[:, None] * tokens.shape[1]
-    return tokens.flatten(0, 1)[rows]
-
-
-def baseline_loss(x, keep, masked, patch):
-    """What a model must beat: the loss of predicting, channel by channel, the mean of the window's visible patches (0
-    for a sensor that shows none). x (B, C, T) -> squared errors (B, M, 3P)."""
-    tokens = patchify(x, patch)
+def baseline_loss(model, x, keep, masked):
+    """The loss (B,) that a model must beat: each channel is predicted by the mean of its visible
+    patches in the window, 0 if none is visible. The target is the model's."""
+    tokens = patchify(model.target_of(x), model.patch)
     B, S, G, _ = tokens.shape
-    seen = torch.zeros(B, S * G, device=x.device).scatter_(1, keep, 1.0).view(B, S, G, 1, 1)
-    axes = tokens.view(B, S, G, 3, patch)
-    mean = (axes * seen).sum((2, 4), keepdim=True) / (seen.sum((2, 4), keepdim=True) * patch).clamp(min=1)
-    return take((axes - mean).square().view(B, S * G, -1), masked)
-
+    visible = torch.zeros(B, S * G, device=x.device).scatter_(1, keep, 1.0).view(B, S, G, 1, 1)
+    axes = tokens.view(B, S, G, 3, model.patch)
+    count = (visible.sum((2, 4), keepdim=True) * model.patch).clamp(min=1)
+    mean = (axes * visible).sum((2, 4), keepdim=True) / count                  # (B, S, 1, 3, 1)
+    errors = (axes - mean).square().view(B, S * G, -1)
+    return select(errors, masked).mean((1, 2))
 
 # ---------------------------------------------------------------- its size and cost
 def parameters(model):
-    """(all trained, encoder): the encoder is what is kept after pre-training, and what the laws call parameters."""
-    kept = ("embed.", "sensor.", "blocks.", "norm.", "encoder_added")
+    """(all that are trained, those of the encoder): patch embedding and encoder are kept after
+    pre-training, and are what the laws count."""
+    kept = ("embed.", "sensor.", "blocks.", "norm.")
     encoder = sum(p.numel() for name, p in model.named_parameters() if name.startswith(kept))
     return sum(p.numel() for p in model.parameters()), encoder
 
+def forward_flops(width, depth, patch, sensors, patches, mask_ratio, decoder_width=64,
+                  decoder_depth=1):
+    """FLOPs of the forward pass of a window: two for each multiply-add of a matrix product. A
+    training step costs three times that: the backward pass has two products for each."""
+    K = visible_tokens(sensors * patches, mask_ratio)
+    M, D, E = sensors * patches - K, width, decoder_width
 
-def forward_flops(width, depth, patch, sensors, steps, mask_ratio, decoder_width, decoder_depth):
-    """FLOPs of one window's forward pass, two a multiply-add, matrix products only. A training step costs three times
-    that: the backward pass has a product for the gradient of each factor."""
-    K = visible_tokens(sensors * steps, mask_ratio)
-    M, D, E = sensors * steps - K, width, decoder_width
-    attention = lambda queries, keys, w: 4 * queries * w * w + 4 * keys * w * w + 4 * queries * keys * w
-    perceptron = lambda tokens, w: 16 * tokens * w * w
-    return (2 * K * 3 * patch * D + depth * (attention(K, K, D) + perceptron(K, D)) + 2 * K * D * E
-            + decoder_depth * (attention(M, K, E) + perceptron(M, E)) + 2 * M * E * 3 * patch)
-
+    def block(queries, keys, w):
+        attention = 4 * (queries + keys) * w * w + 4 * queries * keys * w
+        return attention + 16 * queries * w * w        # and the MLP
+    encoder = 2 * K * 3 * patch * D + depth * block(K, K, D)
+    return encoder + 2 * K * D * E + decoder_depth * block(M, K, E) + 2 * M * E * 3 * patch
 
 def main():
-    flags = argparse.ArgumentParser(description="The architectures of a grid: parameters, FLOPs, tokens.",
-                                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    flags.add_argument("--models", nargs="+", default=GRID, metavar="WxDxH", help="width x depth x heads of each")
-    flags.add_argument("--patch", type=int, default=5, help="samples a patch, at 20 Hz: half as long, twice the tokens")
-    flags.add_argument("--mask-ratio", type=float, default=0.75, help="share of the tokens that the encoder never sees")
-    flags.add_argument("--samples", type=int, default=200, help="samples a window")
-    a = flags.parse_args()
-    wrong = [name for name in a.models if not re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", name)]
-    if wrong or not 1 <= a.patch <= a.samples or not 0 < a.mask_ratio < 1:
-        raise Refused(f"--models {' '.join(wrong)}: write width x depth x heads, such as 64x3x4" if wrong else
-                      "choose a --patch of 1 to --samples and a --mask-ratio between 0 and 1")
-    steps = a.samples // a.patch
-    print(f"{'model':>10s} {'parameters':>11s} {'encoder':>11s} {'tokens':>7s} {'visible':>8s}"
-          f"{'MFLOP a window and training step':>34s}")
+    p = argparse.ArgumentParser(description="Parameters, FLOPs and tokens of the grid's models.",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--models", nargs="+", metavar="WxDxH", help="width x depth x heads of each",
+                   default=["16x2x2", "32x3x2", "64x3x4", "128x4x4", "256x6x8"])
+    p.add_argument("--patch", type=int, choices=[2, 4, 5, 10, 20, 40], default=5,
+                   help="samples in a patch, of 200 in a window: half as many, twice the tokens")
+    a = p.parse_args()
+    tokens = 2 * 200 // a.patch
+    print(f"{tokens} tokens, {visible_tokens(tokens, 0.75)} visible. MFLOP: of training, a window")
+    print(f"{'model':>10s} {'parameters':>11s} {'encoder':>11s} {'MFLOP':>7s}")
     for name in a.models:
-        width, depth, heads = map(int, name.split("x"))
-        total, encoder = parameters(MAE(width, depth, heads, a.patch, steps=steps))
-        flops = 3 * forward_flops(width, depth, a.patch, 2, steps, a.mask_ratio, 64, 1)
-        visible = visible_tokens(2 * steps, a.mask_ratio)
-        print(f"{name:>10s} {total:11,d} {encoder:11,d} {2 * steps:7d} {visible:8d}{flops / 1e6:34.2f}")
-
+        try:
+            width, depth, heads = map(int, name.split("x"))
+            total, encoder = parameters(MAE(width, depth, heads, a.patch))
+        except (ValueError, ZeroDivisionError) as error:
+            p.error(f"--models {name}: write width x depth x heads, such as 64x3x4 ({error})")
+        flops = 3 * forward_flops(width, depth, a.patch, 2, 200 // a.patch, 0.75)
+        print(f"{name:>10s} {total:11,d} {encoder:11,d} {flops / 1e6:7.2f}")
 
 if __name__ == "__main__":
-    command(main)
+    main()

@@ -1,520 +1,444 @@
 """
-Pre-training: one cell of the grid. A number of users, hours of each, an architecture -> a held-out loss.
+Pre-training: one cell of the grid. Users, hours of each, an architecture -> the loss on others.
 
-    data/NAME/windows.npy (n, C, T) float16  ->  standardised (B, C, T)  ->  masked autoencoder  ->  RUN/result.json
+    windows (n, C, T)  ->  scaled batches (B, C, T)  ->  masked autoencoder  ->  RUN/result.json
 
-    python pretrain.py --data simulated --steps 300 --out runs/first             # a minute
-    python pretrain.py --data pool --users 16 --hours-per-user 0.1 --width 128 --depth 4 --heads 4 --out runs/u16
-    torchrun --nproc_per_node=2 pretrain.py --data pool --out runs/two           # one cell over two processes
+    python pretrain.py --data simulated --users 8 --out runs/first
+    python pretrain.py --data pool --width 128 --depth 4 --heads 4 --out runs/large
+    torchrun --nproc_per_node=2 pretrain.py --data pool --out runs/two           # two processes
 
-The same command again goes on where it was, to the same bits: what is random at step t (batch, masks) is drawn from
-(seed, t) alone, so a checkpoint holds no random state, and N processes see the same batches and masks as one.
+A run ends when its data are used up: the learning rate falls for ever, a moving average of the
+weights is evaluated and kept, and training ends when the held-out loss has stopped improving
+(--patience), or at --steps. A larger --steps lengthens a run.
+The same command resumes bit-identically: what is random at step t (batch, masks) is drawn from
+(seed, t) alone, so no random state is saved, and several processes see the batches of one.
 """
 import os
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")              # before torch: idle threads sleep, cells share cores
-import argparse, ctypes, fcntl, functools, hashlib, io, json, math, platform, signal, sys, time
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")    # before torch: idle threads sleep
+import argparse, contextlib, copy, fcntl, io, json, math, platform, signal, sys, time, zipfile
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from data import Refused, command, draw_windows, held_out_users, load, provenance, replacing, training_users, write_json
+from data import (UserError, command, draw_windows, held_out_users, held_out_windows, load, people,
+                  provenance, random_rotation, random_stream, replacing, require, scaled,
+                  select_sensors, training_users, write_json)
 from model import MAE, baseline_loss, draw_masks, forward_flops, parameters
 
-BUSY = 75                                                        # exit status: another process works on this run
-SCALE = {"acc": 0.7, "gyro": 1.05}                               # g, rad/s: what signals are divided by, in every cell
-EVALUATED = 64                                                   # evaluation windows a held-out user, at most
-LEARNING_RATE = {"muon": 0.02, "adamw": 0.003}                  # peaks, for all widths: matrices, or all with AdamW
-
+MACHINE = ("device", "threads", "plot", "out")         # flags that don't change what a run is
+HeldOut = namedtuple("HeldOut", "x keep masked person people half")            # see `held_out`
 
 # ---------------------------------------------------------------- what a cell sees
-def select_sensors(channels, sensors):
-    """Positions of the channels of `sensors` ("both", "acc" or "gyro"). Raises Refused where the set lacks them."""
-    wanted = ["acc", "gyro"] if sensors == "both" else [sensors]
-    chosen = [i for i, name in enumerate(channels) if name.split("_")[0] in wanted]
-    if len(chosen) != 3 * len(wanted):
-        raise Refused(f"the data set has the channels {', '.join(channels)}, not those of --sensors {sensors}: choose "
-                      "another")
-    return chosen
+def windows_at(prepared, rows, sensors):
+    """The windows `rows` as a model reads them: scaled, of the chosen sensors, (n, C, T)."""
+    channels = select_sensors(prepared.meta["channels"], sensors)
+    names = [prepared.meta["channels"][c] for c in channels]
+    return scaled(prepared.windows[rows][:, channels], names)
 
+def masks_for(x, flags, *key):
+    """Masks for windows x (B, C, T), drawn from `key` alone: keep (B, K) and masked (B, M)."""
+    generator = torch.Generator().manual_seed(int(random_stream(*key).integers(2 ** 62)))
+    tokens = x.shape[1] // 3 * (x.shape[2] // flags["patch"])
+    return draw_masks(len(x), tokens, flags["mask_ratio"], generator)
 
-def standardise(windows, channels):
-    """(n, C, T) float16 in g and rad/s -> float32, divided by 0.7 g and 1.05 rad/s, nothing subtracted: gravity stays,
-    and a loss means the same in every set and cell."""
-    scale = torch.tensor([1 / SCALE[name.split("_")[0]] for name in channels], device=windows.device)
-    return windows.float() * scale[:, None]
+def batch_at(step, prepared, rows, flags):
+    """The batch of `step`, drawn from the seed and the step alone: x (B, C, T), keep, masked."""
+    seed = flags["seed"]
+    drawn = random_stream(seed, "batch", step).integers(len(rows), size=flags["batch"])
+    x = windows_at(prepared, rows[drawn], flags["sensors"])
+    if flags["rotate"]:
+        x = random_rotation(x, flags["rotate"], random_stream(seed, "rotation", step))
+    return torch.from_numpy(x), *masks_for(x, flags, seed, "masks", step)
 
+def held_out(prepared, flags, device="cpu"):
+    """The evaluation, the same for every cell: windows x (n, C, T) of people who are never trained
+    on, and their masks; person (n,): whose window it is, an index into people, (source, user) of
+    each; half (people,): 0 or 1, see `cross_fitted`."""
+    halves = held_out_users(prepared.meta)
+    users = halves[0] + halves[1]
+    rows = held_out_windows(prepared, users, most=32)
+    x = torch.from_numpy(windows_at(prepared, rows, flags["sensors"]))
+    tensors = [part.to(device) for part in (x, *masks_for(x, flags, "held-out masks"))]
+    person = np.array([users.index(user) for user in prepared.users[rows]])
+    half = np.repeat([0, 1], [len(halves[0]), len(halves[1])])
+    return HeldOut(*tensors, person, people(prepared.meta, users), half)
 
-@functools.lru_cache(maxsize=2)
-def epoch_order(n, epoch, seed):
-    return np.random.default_rng([seed, 1, epoch]).permutation(n)
+# ---------------------------------------------------------------- optimisers, schedule, average
+def orthogonal(matrices, steps=5):
+    """Matrices (M, a, b), a <= b, with rows made nearly orthonormal by Newton-Schulz iteration."""
+    x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)               # 3.4445 x + polynomial x
+    return x
 
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal, for matrices (Jordan 2024, kellerjordan.github.io/posts/muon): as
+    torch.optim.Muon, but in fp32 and with all matrices of one shape at once (results/speed.md)."""
 
-def batch_rows(step, n, batch, seed):
-    """The rows of the batch of `step`: a fresh permutation each epoch, a function of (seed, step) alone."""
-    first, last = step * batch, (step + 1) * batch
-    epochs = range(first // n, (last - 1) // n + 1)
-    return np.concatenate([epoch_order(n, e, seed)[max(0, first - e * n):last - e * n] for e in epochs])
+    @torch.no_grad()
+    def step(self):
+        group, by_shape = self.param_groups[0], {}
+        for p in group["params"]:
+            average = self.state[p].setdefault("average", torch.zeros_like(p))
+            average.lerp_(p.grad, 0.05)
+            by_shape.setdefault(p.shape, []).append((p, p.grad.lerp(average, 0.95)))     # Nesterov
+        for (rows, columns), pairs in by_shape.items():
+            updates = torch.stack([update for _, update in pairs])
+            updates = orthogonal(updates) if rows <= columns else orthogonal(updates.mT).mT
+            for (p, _), update in zip(pairs, updates):
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
 
+def build_optimizers(model, lr, weight_decay):
+    """Muon for the matrices of the blocks, AdamW with a smaller rate for the rest."""
+    matrices = [p for p in (*model.blocks.parameters(), *model.decoder.parameters()) if p.ndim == 2]
+    rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    return [Muon(matrices, dict(lr=lr, weight_decay=weight_decay)),
+            torch.optim.AdamW(rest, 0.3 * lr, (0.9, 0.95), weight_decay=weight_decay)]
 
-def held_out_windows(prepared, users, most):
-    """Rows of the evaluation windows: at most `most` a user, evenly over the recordings, so that people weigh alike."""
-    mine = [np.flatnonzero(prepared.users == user) for user in users]
-    return np.concatenate([rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)] for rows in mine])
-
-
-def seeded(*seed):
-    """A generator for the numbers `seed`: what it draws is the same on any device, for any number of processes."""
-    return torch.Generator().manual_seed(int(np.random.default_rng(seed).integers(2 ** 62)))
-
-
-def seeded_masks(batch, config, *seed):
-    """Masks of a batch, a function of the numbers `seed` alone."""
-    model, task = config["model"], config["training"]
-    return draw_masks(batch, model["sensors"], model["steps"], task["mask_ratio"], task["masking"], seeded(*seed))
-
-
-def turn_sensors(x, vectors):
-    """Windows (B, C, T) as if worn askew: turned by rotation vectors (B, 1, 3) in rad, both sensors alike."""
-    turn = torch.linalg.matrix_exp(torch.linalg.cross(vectors, torch.eye(3)[None]))[:, None]     # (B, 1, 3, 3)
-    return (turn.to(x.device) @ x.unflatten(1, (-1, 3))).flatten(1, 2)
-
-
-# ---------------------------------------------------------------- learning
-def build_optimizers(model, optimizer, lr, weight_decay):
-    """Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW for the rest; or AdamW for all."""
-    matrices = [p for part in (model.blocks, model.decoder) for p in part.parameters() if p.ndim == 2]
-    ids = set(map(id, matrices)) if optimizer == "muon" else set()
-    rest = [p for p in model.parameters() if id(p) not in ids]
-    adam_lr = 0.3 * lr if optimizer == "muon" else lr
-    optimizers = [torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)]
-    if optimizer == "muon":
-        optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay))
-    for o in optimizers:
-        o.param_groups[0]["peak"] = o.param_groups[0]["lr"]
-    return optimizers
-
-
-def schedule(step, steps):
-    """Share of the peak learning rate: 5 % of the steps up in a line, then half a cosine down to zero."""
-    warm = max(1, steps // 20)
-    return min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * max(0, step - warm) / max(1, steps - warm)))
-
+def schedule(step, tau, decay, warmup=50):
+    """Share of the peak learning rate at `step`: a line up, then (1 + t / tau)^-decay, for ever."""
+    return min(1, (step + 1) / warmup) * (1 + step / tau) ** -decay
 
 @torch.no_grad()
-def evaluate(model, held, normalise):
-    """Mean loss of each (windows, keep, masked) in `held`, in fp32: the two halves of the held-out users."""
-    losses = []
-    for part in held:
-        chunks = zip(*(tensor.split(256) for tensor in part))
-        losses.append(sum(model(*chunk, normalise).item() * len(chunk[0]) for chunk in chunks) / len(part[0]))
-    return losses
+def update_average(average, model, step, gamma):
+    """Power-function average of the weights w (Karras et al. 2024, arXiv 2312.02696, section 3):
+    average <- b average + (1 - b) w_t, b = (1 - 1/t)^(gamma + 1): w_s weighs about s^gamma."""
+    share = 1 - (1 - 1 / step) ** (gamma + 1)
+    for mean, weights in zip(average.parameters(), model.parameters()):
+        mean.lerp_(weights, share)
 
+# ---------------------------------------------------------------- the held-out loss, and the end
+@torch.no_grad()
+def evaluate(loss, held):
+    """The mean loss of each held-out person, (people,): one vote each. loss: a model, or alike."""
+    chunks = zip(held.x.split(64), held.keep.split(64), held.masked.split(64))
+    losses = torch.cat([loss(*chunk) for chunk in chunks]).cpu().double().numpy()
+    return np.bincount(held.person, losses) / np.bincount(held.person)
 
-def train(model, forward, optimizers, batch_at, held, a, state, save, stopped):
-    """From state["step"] to the last step, or to the next if `stopped()`; state["history"] gets a line each evaluation.
+def is_evaluated(step):
+    """Evaluations at steps that grow by about 7 %, whatever the length of the run."""
+    return step >= 16 and math.floor(math.log(step, 1.07)) < math.floor(math.log(step + 1, 1.07))
 
-    `forward` is the model as it is called in training (compiled, over several processes), `batch_at(step)` gives
-    (windows, keep, masked), `save()` keeps `state`. Raises Refused, with the last good checkpoint kept, where the loss
-    is no number.
-    """
-    device, normalise, began, saved = held[0][0].device, a.target == "window", time.monotonic(), time.monotonic()
-    kept = "choose a lower --lr; the last good checkpoint is kept"
-    marks = {round(i * a.steps / a.evaluations) for i in range(1, a.evaluations + 1)}
-    before, first, unread, stop = state["seconds"], state["step"], [], False
-    while state["step"] < a.steps and not stop:
-        for o in optimizers:
-            o.param_groups[0]["lr"] = o.param_groups[0]["peak"] * schedule(state["step"], a.steps)
-        with torch.autocast(device.type, torch.bfloat16, enabled=a.precision == "bf16"):
-            loss = forward(*batch_at(state["step"]), normalise)
-        loss.backward()
-        for o in optimizers:
-            o.step()
-            o.zero_grad()
-        state["step"] += 1
-        stop = stopped()
-        unread.append(loss.detach())
-        due, mark = time.monotonic() - saved > 10, state["step"] in marks
-        if device.type == "cpu" or due or mark or stop or len(unread) == 20:    # reading a loss makes a GPU wait
-            values = torch.stack(unread).tolist()
-            for i, value in enumerate(values):
-                if not math.isfinite(value):
-                    raise Refused(f"the loss is {value} at step {state['step'] - len(values) + i + 1}: {kept}")
-            state["recent"] += values
-            unread.clear()
-            state["seconds"] = before + time.monotonic() - began
-        if mark:
-            choose, measure = evaluate(model, held, normalise)
-            if not math.isfinite(choose + measure):
-                raise Refused(f"the held-out loss is {choose + measure} after step {state['step']}: {kept}")
-            if not state["history"] or choose < min(line["choose"] for line in state["history"]):
-                state["best"] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-            recent, state["recent"] = sum(state["recent"]) / len(state["recent"]), []
-            state["history"].append({"step": state["step"], "train_loss": recent, "choose": choose, "loss": measure,
-                                     "seconds": round(state["seconds"], 1)})
-            speed = (state["step"] - first) / (time.monotonic() - began)
-            print(f"step {state['step']:6d}/{a.steps}  train {recent:.4f}  held-out {measure:.4f}  "
-                  f"{speed * a.batch:7,.0f} windows/s  {clock((a.steps - state['step']) / speed)} left", flush=True)
-        if due or state["step"] == a.steps or stop:
-            if not all(p.isfinite().all() for p in model.parameters()):
-                raise Refused(f"a weight is no number after step {state['step']}: {kept}")
-            save()
-            saved = time.monotonic()
+def best_step(history):
+    return min(history, key=lambda line: line["loss"])["step"]
 
+def has_converged(history, patience, least=300):
+    """Whether the held-out loss hasn't improved over the last `patience` share of the steps; never
+    before `least` steps: many cells learn nothing new for some 200 steps, then go on."""
+    step = history[-1]["step"] if history and patience else 0
+    return step >= least and best_step(history) <= (1 - patience) * step
 
-# ---------------------------------------------------------------- never losing a run
-def digest(state):
-    """sha256 over every value and every tensor's bytes of a nested state: zip files don't notice a damaged tensor."""
-    if isinstance(state, dict):
-        state = [item for pair in state.items() for item in pair]
-    if isinstance(state, (list, tuple)):
-        content = "".join(map(digest, state)).encode()
-    elif isinstance(state, torch.Tensor):
-        content = state.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
-    else:
-        content = repr(state).encode()
-    return hashlib.sha256(content).hexdigest()
+def cross_fitted(history, half):
+    """Each held-out person's loss at a step that was chosen on the other half, (people,)."""
+    losses = np.array([line["people"] for line in history])                    # (steps, people)
+    step_a, step_b = (losses[:, half == other].mean(1).argmin() for other in (1, 0))
+    return np.where(half == 0, losses[step_a], losses[step_b])
 
-
-def save_checkpoint(run, state):
-    """Write to a temporary name, then rename; the one before stays as checkpoint.prev.pt. OSError on a full disk."""
-    content = io.BytesIO()                                       # torch's own writer would hide that the disk is full
-    torch.save({**state, "digest": digest(state)}, content)
-    with replacing(run / "checkpoint.pt") as temporary:
-        temporary.write_bytes(content.getbuffer())
-        if (run / "checkpoint.pt").exists():
-            os.replace(run / "checkpoint.pt", run / "checkpoint.prev.pt")
-
-
-def load_checkpoint(run, device="cpu"):
-    """The newest checkpoint in `run` that is whole, or None where there is none. Raises Refused if all are damaged."""
-    damaged = []
-    for name in ("checkpoint.pt", "checkpoint.prev.pt"):
-        if not (run / name).exists():
-            continue
-        try:
-            state = torch.load(run / name, map_location=device, weights_only=True)
-            if state.pop("digest") == digest(state):
-                if damaged:
-                    print(f"{damaged[0]} is passed over; the one before it is whole", file=sys.stderr)
-                return state
-            damaged.append(f"{name} (its content is not what was written)")
-        except Exception as error:                               # torch raises whatever its zip reader and unpickler do
-            damaged.append(f"{name} ({type(error).__name__})")
-    if damaged:
-        raise Refused(f"no checkpoint in {run} can be read: {', '.join(damaged)}; delete the folder to start anew")
-    return None
-
-
-def read_json(path, **kinds):
-    """The JSON object at `path`, with keys of these types. Raises Refused where it is damaged."""
-    try:
-        content = json.loads(path.read_text())
-    except ValueError:                                           # not JSON, or not text
-        content = None
-    if not isinstance(content, dict) or not all(isinstance(content.get(key), kinds[key]) for key in kinds):
-        raise Refused(f"{path} is damaged: put it back, or delete its folder to start this run anew")
-    return content
-
-
-def load_run(run):
-    """A pre-trained model with the weights of its best step, and its config. Raises Refused."""
-    run = Path(run)
-    if not (run / "config.json").is_file():
-        raise Refused(f"{run} is not a run of pretrain.py: it has no config.json")
-    state = load_checkpoint(run)
-    if state is None:
-        raise Refused(f"{run} has no checkpoint yet: let pretrain.py finish it")
-    config = read_json(run / "config.json", data=dict, model=dict, training=dict)
-    if config["model"] != state["config"]["model"]:
-        raise Refused(f"the checkpoint in {run} is of another architecture than its config.json says: "
-                      f"{state['config']['model']}")
-    if not state["best"]:
-        raise Refused(f"{run} was stopped before its first evaluation: let pretrain.py finish it")
-    model = MAE(**config["model"])
-    model.load_state_dict(state["best"])
-    return model.eval(), config
-
-
+# ---------------------------------------------------------------- a run is never lost
 def lock(run):
-    """Hold `run` for as long as this process lives; the kernel lets go of the lock however it dies."""
+    """Hold `run` for as long as this process lives: the system frees the lock however it ends."""
     run.mkdir(parents=True, exist_ok=True)
     handle = open(run / ".lock", "w")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         print(f"pretrain.py: another process is working on {run}", file=sys.stderr)
-        sys.exit(BUSY)
-    for leftover in run.glob(".*.tmp*"):                         # of a process that was killed while it wrote
+        sys.exit(75)
+    for leftover in run.glob(".*.tmp*"):               # of a process that was killed while writing
         leftover.unlink()
     return handle
 
+def save_checkpoint(run, state):
+    """Write checkpoint.pt, the one before stays as checkpoint.prev.pt; and metrics.jsonl."""
+    content, path = io.BytesIO(), run / "checkpoint.pt"
+    torch.save(state, content)                         # to a file, it would hide a full disk
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
+        if path.exists():
+            os.replace(path, run / "checkpoint.prev.pt")
+    with replacing(run / "metrics.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in state["history"]))
 
-def differences(old, new):
-    """What differs between two configs, for a sentence: "steps 100 -> 200"."""
-    return ", ".join(f"{key} {old[part].get(key)} -> {value}" for part in ("data", "model", "training")
-                     for key, value in new[part].items() if old[part].get(key) != value)
+def load_checkpoint(run, device="cpu"):
+    """The newest whole checkpoint, {} if there is none. Raises UserError if all are damaged."""
+    paths = [*run.glob("checkpoint.pt"), *run.glob("checkpoint.prev.pt")]
+    for path in paths:
+        try:
+            if not zipfile.ZipFile(path).testzip():
+                return torch.load(path, map_location=device, weights_only=True)
+            raise ValueError("a checksum differs")
+        except Exception as error:                     # whatever zip reader and unpickler raise
+            print(f"{path} is damaged: {error!r:.99}", file=sys.stderr)
+    require(not paths, f"no checkpoint in {run} is whole: delete that folder to start again")
+    return {}
 
+def read_config(run):
+    """What a run is. Raises UserError if `run` is no run."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        config = json.loads((Path(run) / "config.json").read_text())
+        if {"flags", "fingerprint", "model", "trained_on"} <= set(config):
+            return config
+    raise UserError(f"{run} is not a run of pretrain.py: it has no config.json, or a damaged one")
 
-def finished(run, config, rank):
-    """Whether `run` has its result; a new run gets its config.json. Raises Refused where it is another run's folder."""
-    if (run / "config.json").exists():
-        changed = differences(read_json(run / "config.json", data=dict, model=dict, training=dict), config)
-        if changed:
-            raise Refused(f"{run} holds another run ({changed}): choose another --out, or delete that folder")
-    if (run / "result.json").exists():
-        if rank == 0:
-            print(f"{run} is done: loss {read_json(run / 'result.json', loss=float)['loss']:.4f}")
-        return True
-    if rank == 0 and not (run / "config.json").exists():
-        write_json(run / "config.json", config)
-    return False
+def load_run(run):
+    """A pre-trained model with the weights of its best step, and its config. Raises UserError."""
+    config = read_config(run)
+    try:
+        model = MAE(**config["model"])
+        model.load_state_dict(load_checkpoint(Path(run))["best"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{run} has no weights that fit its config.json and this model.py: let "
+                        f"pretrain.py finish it ({error!r:.99})") from None
+    return model.eval(), config
 
+def check_same_run(run, config, defaults, done):
+    """Raise UserError if another command made `run`. A flag that an old run doesn't name had its
+    default; --steps and --patience may be raised."""
+    old = read_config(run)
+    before = {**defaults, **old["flags"], "fingerprint": old["fingerprint"]}
+    now = {**config["flags"], "fingerprint": config["fingerprint"]}
+    allowed = {"steps": now["steps"] >= done,
+               "patience": (now["patience"] or 1) >= (before["patience"] or 1)}      # 0: no end
+    changed = [f"{key} {before.get(key)} -> {now.get(key)}" for key in before | now
+               if before.get(key) != now.get(key) and not allowed.get(key)]
+    require(not changed, f"{run} holds {done} steps of another run ({', '.join(changed)}): choose "
+            "another --out, or delete it; only --steps and --patience may be raised")
 
-# ---------------------------------------------------------------- the machine
+# ---------------------------------------------------------------- the machine, the picture
 def choose_device(name):
-    """The torch device called `name`; "auto" takes an NVIDIA or Apple GPU if there is one. Raises Refused."""
+    """The torch device `name`; "auto" takes a GPU if there is one."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"         # set by torchrun: each process has a GPU of its own
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"                       # set by torchrun
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise Refused(f"--device {name} can't be used ({str(error).splitlines()[0]}): leave it out to take what is "
-                      "there") from None
-
+        raise UserError(f"--device {name} can't be used: {str(error).splitlines()[0]}") from None
 
 def choose_precision(name, device):
-    if name != "auto":
-        return name
+    """fp32 or bf16: "auto" takes bf16 where the processor has instructions for it."""
     native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
               device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False))
-    return "bf16" if native else "fp32"
+    return name if name != "auto" else "bf16" if native else "fp32"
 
+def draw_reconstruction(path, model, held, rate):
+    """True and predicted signal of the first sensor in three held-out windows, calm to lively."""
+    from matplotlib.figure import Figure
+    order, n = held.x.std(2).mean(1).argsort(), len(held.x)
+    x, keep, masked = (part[order[[-n // 2, -n // 4, -n // 10]]] for part in held[:3])
+    with torch.no_grad():
+        true, predicted = model.target_of(x).cpu(), model.reconstruct(x, keep, masked).cpu()
+    predicted[predicted == true] = torch.nan           # what is visible isn't predicted
+    figure, seconds = Figure((10, 7), layout="constrained"), np.arange(x.shape[2]) / rate
+    for axes, y, prediction in zip(figure.subplots(3), true[:, :3], predicted[:, :3]):
+        axes.plot(seconds, y.T, lw=0.8)
+        axes.set_prop_cycle(None)                      # x, y, z have the same colours again
+        axes.plot(seconds, prediction.T, lw=2)
+        axes.fill_between(seconds, *axes.get_ylim(), where=~prediction[0].isnan(), color="0.9")
+    axes.set_xlabel("s (grey: hidden from the model; thin: the true signal; thick: its prediction)")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=100)
 
-def keep_memory():
-    """Tell glibc to keep freed memory instead of giving it back and faulting it in again, page by page, every step."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 30)                                # M_MMAP_THRESHOLD
-        libc.mallopt(-1, (1 << 31) - 1)                          # M_TRIM_THRESHOLD
+# ---------------------------------------------------------------- the flags
+def number(kind, low, high=1e9):
+    """An argparse type: an int or a float from `low` to `high`."""
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text} is not {kind.__name__} from {low:g} to {high:g}")
+    return parse
 
+def build_parser():
+    p = argparse.ArgumentParser(description="Pre-train a masked autoencoder: one cell of the grid.",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    count, share, positive = number(int, 1), number(float, 0, 1), number(float, 0)
+    flag = p.add_argument_group("data: how many people, and how long each").add_argument
+    flag("--data", default="simulated", help="prepared set, or several pooled: a+b+c")
+    flag("--users", type=count, help="training users; without it, all who aren't held out")
+    flag("--hours-per-user", type=positive, help="at most so many of each user; without it, all")
+    flag("--sensors", choices=["both", "acc", "gyro"], default="both", help="one: half the tokens")
+    flag = p.add_argument_group("model and task").add_argument
+    flag("--width", type=count, default=64, help="parameters and time grow with its square")
+    flag("--depth", type=count, default=3, help="blocks of the encoder")
+    flag("--heads", type=count, default=4, help="the width must be a multiple of twice as many")
+    flag("--patch", type=count, default=5, help="samples in a token: half as many, twice the cost")
+    flag("--mask-ratio", type=share, default=0.75, help="share of hidden tokens: more is harder")
+    flag("--target", choices=["raw", "window"], default="raw", help="window: the signal "
+         "normalised by window: better features, but losses can't be compared with those of raw")
+    flag("--rotate", type=positive, default=0.0, help="turn windows at random, about so many rad")
+    flag = p.add_argument_group("optimisation").add_argument
+    flag("--steps", type=count, default=20000, help="updates at most; raise it to lengthen a run")
+    flag("--patience", type=share, default=0.3, help="end when the held-out loss hasn't improved "
+         "over this share of the steps so far; 0: run all of --steps")
+    flag("--batch", type=count, default=64, help="windows in an update, over all processes")
+    flag("--lr", type=positive, default=0.02, help="peak learning rate, the same for every width")
+    flag("--weight-decay", type=positive, default=0.05, help="pull of the weights towards zero")
+    flag("--tau", type=count, default=500, help="step at which the learning rate begins to fall")
+    flag("--decay", type=positive, default=0.5, help="how fast it falls: (1 + step / tau)^-decay")
+    flag("--average", type=positive, default=7, help="moving average of weights: larger is shorter")
+    flag("--seed", type=number(int, 0), default=0, help="draws users, windows, weights, batches")
+    flag("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 if fast")
+    flag = p.add_argument_group("machine and output").add_argument
+    flag("--device", default="auto", help="cpu, cuda or mps; auto takes a GPU if there is one")
+    flag("--threads", type=number(int, 0), default=0, help="CPU threads; 0: all cores")
+    flag("--plot", action="store_true", help="draw RUN/reconstruction.png: true, predicted signal")
+    flag("--out", default="runs/pretrain", help="folder of this run; the same command resumes it")
+    return p
 
-def describe_device(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads, {platform.machine()}"
-
-
-def clock(seconds):
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
+def check_data(a, prepared, trainable, world):
+    """Raise UserError for what these data or this machine can't give."""
+    samples, seconds = prepared.windows.shape[2], prepared.meta["seconds"]
+    tokens = samples // a.patch * (2 if a.sensors == "both" else 1)
+    require((a.users or 0) <= trainable,
+            f"--users {a.users} is more than the {trainable} training users")
+    require(a.hours_per_user is None or a.hours_per_user * 3600 > 0.99 * seconds,
+            f"--hours-per-user {a.hours_per_user} is less than a window of {seconds} s")
+    require(a.width % (2 * a.heads) == 0,
+            f"--width {a.width} is not a multiple of {2 * a.heads}, twice the --heads")
+    require(samples % a.patch == 0,
+            f"--patch {a.patch} doesn't divide the window of {samples} samples")
+    require(0 < round(tokens * a.mask_ratio) < tokens,
+            f"--mask-ratio {a.mask_ratio} hides all or none of {tokens} tokens")
+    require(a.batch % world == 0, f"--batch {a.batch} can't be divided among {world} processes")
 
 # ---------------------------------------------------------------- the run
-def parse_flags():
-    p = argparse.ArgumentParser(description="Pre-train one masked autoencoder: one cell of the grid.",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    g = p.add_argument_group("data: how many people, how long each")
-    g.add_argument("--data", default="simulated", help="prepared set, or several pooled: a+b+c")
-    g.add_argument("--users", type=int, help="training users, in turn from all sources; default: all not held out")
-    g.add_argument("--hours-per-user", type=float, help="at most this much of each user's recordings; default: all")
-    g.add_argument("--sensors", choices=["both", "acc", "gyro"], default="both", help="one alone: half the tokens")
-    g = p.add_argument_group("model")
-    g.add_argument("--width", type=int, default=64, help="features a token: parameters grow with its square")
-    g.add_argument("--depth", type=int, default=3, help="encoder blocks")
-    g.add_argument("--heads", type=int, default=4, help="attention heads; width / heads must be even")
-    g.add_argument("--patch", type=int, default=5, help="samples a token (20 a second): half as long, twice the tokens")
-    g.add_argument("--positions", choices=["rotary", "sincos", "learned"], default="rotary",
-                   help="how tokens know their time")
-    g.add_argument("--decoder-width", type=int, default=64, help="features a token in the decoder")
-    g.add_argument("--decoder-depth", type=int, default=1, help="decoder blocks")
-    g = p.add_argument_group("task")
-    g.add_argument("--mask-ratio", type=float, default=0.75, help="share of tokens hidden: more is harder, and cheaper")
-    g.add_argument("--masking", choices=["patch", "time", "span"], default="patch",
-                   help="hide patches, time steps or stretches")
-    g.add_argument("--target", choices=["raw", "window"], default="raw",
-                   help="standardised signal, or normalised by window: better features, a loss that compares with none")
-    g.add_argument("--rotate", type=float, default=0.0, help="turn the sensors of each training window by about so "
-                   "many rad: features that mind less how a sensor is worn, at a higher loss on those worn as usual")
-    g = p.add_argument_group("optimisation")
-    g.add_argument("--steps", type=int, default=2000, help="updates; the learning rate falls to zero at the last")
-    g.add_argument("--batch", type=int, default=128, help="windows an update, over all processes")
-    g.add_argument("--optimizer", choices=["muon", "adamw"], default="muon",
-                   help="muon: for the blocks' matrices, AdamW for the rest")
-    g.add_argument("--lr", type=float, help="peak learning rate (of the matrices, with muon); default: from this file")
-    g.add_argument("--weight-decay", type=float, default=0.05, help="pull of all weights to zero")
-    g.add_argument("--seed", type=int, default=0, help="draws users, windows, weights, batches and masks")
-    g = p.add_argument_group("machine")
-    g.add_argument("--device", default="auto", help="cpu, cuda, mps; auto takes the fastest there is")
-    g.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="bf16: products in "
-                   "half precision, 1.3 times faster for 0.7 %% of the loss; auto takes it where the processor can")
-    g.add_argument("--compile", action="store_true", help="torch.compile: a minute before the first step, then faster")
-    g.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
-    g = p.add_argument_group("run")
-    g.add_argument("--evaluations", type=int, default=20, help="how often the held-out loss is taken; the best counts")
-    g.add_argument("--out", default="runs/pretrain", help="folder of this run; the same command goes on in it")
-    a = p.parse_args()
-    if a.seed < 0:
-        raise Refused(f"--seed {a.seed} is too small: 0 at least")
-    return a
-
-
-def check_flags(a, prepared, trainable, world):
-    """Raise Refused, with a sentence, for what can't be run."""
-    samples = prepared.windows.shape[2]
-    for name, low in (("users", 1), ("width", 2), ("depth", 1), ("heads", 1), ("patch", 1), ("decoder_width", 2),
-                      ("decoder_depth", 1), ("batch", 1), ("steps", 1), ("evaluations", 1), ("threads", 0)):
-        if getattr(a, name) is not None and getattr(a, name) < low:
-            raise Refused(f"--{name.replace('_', '-')} {getattr(a, name)} is too small: {low} at least")
-    if a.users and a.users > len(trainable):
-        raise Refused(f"--users {a.users} is more than the {len(trainable)} training users of {a.data} "
-                      f"({len(prepared.meta['users'])} less those held out)")
-    if a.hours_per_user is not None and not prepared.meta["seconds"] <= a.hours_per_user * 3600 < math.inf:
-        raise Refused(f"--hours-per-user {a.hours_per_user} is not a time of one window "
-                      f"({prepared.meta['seconds']} s) or more")
-    if samples % a.patch:
-        raise Refused(f"--patch {a.patch} doesn't divide the window of {samples} samples: choose a divisor")
-    tokens = samples // a.patch * (2 if a.sensors == "both" else 1)
-    if not 0 < a.mask_ratio < 1 or not 0 < round(tokens * a.mask_ratio) < tokens:
-        raise Refused(f"--mask-ratio {a.mask_ratio} leaves nothing to see or nothing to guess of {tokens} tokens")
-    if a.batch % world:
-        raise Refused(f"--batch {a.batch} can't be shared evenly by {world} processes")
-    if not 0 <= a.rotate <= math.pi:
-        raise Refused(f"--rotate {a.rotate} is no angle: choose one from 0 to 3.14 rad")
-    if a.lr is not None and not 0 < a.lr < 10:
-        raise Refused(f"--lr {a.lr} is no learning rate: choose one between 0 and 10")
-
-
-def describe(a, prepared):
-    """The config of a run: what it is (compared when it goes on), apart from where it ran."""
-    training = {key: getattr(a, key) for key in (
-        "users", "hours_per_user", "sensors", "mask_ratio", "masking", "target", "rotate", "steps", "batch",
-        "optimizer", "lr", "weight_decay", "seed", "precision", "evaluations")}
-    model = {"width": a.width, "depth": a.depth, "heads": a.heads, "patch": a.patch,
-             "sensors": 2 if a.sensors == "both" else 1, "steps": prepared.windows.shape[2] // a.patch,
-             "decoder_width": a.decoder_width, "decoder_depth": a.decoder_depth, "positions": a.positions}
-    return {"data": {"name": a.data, "fingerprint": prepared.meta["fingerprint"]}, "model": model, "training": training,
-            "provenance": provenance()}
-
-
-def result_of(a, config, state, users, hours, windows, baseline, model, device):
-    """The flat result of a finished run, as the grid's table has it."""
-    best, shape = min(state["history"], key=lambda line: line["choose"]), config["model"]
-    total, encoder = parameters(model)
-    flops = 3 * a.steps * a.batch * forward_flops(a.width, a.depth, a.patch, shape["sensors"], shape["steps"],
-                                                  a.mask_ratio, a.decoder_width, a.decoder_depth)
-    return {"loss": best["loss"], "loss_last": state["history"][-1]["loss"], "loss_choose": best["choose"],
-            "baseline_loss": baseline, "best_step": best["step"], **shape, **config["training"],
-            "users": users, "hours": hours, "hours_per_user": hours / users, "hours_cap": a.hours_per_user,
-            "windows": windows, "params": total, "params_encoder": encoder, "data": a.data,
-            "fingerprint": config["data"]["fingerprint"], "seconds": round(state["seconds"], 2), "flops": flops,
-            "windows_per_second": round(a.steps * a.batch / max(state["seconds"], 1e-9), 1),
-            "device": describe_device(device), "versions": provenance()}
-
+def result_of(config, history, held, baseline, windows, hours):
+    """A run as a row of a grid's table, and the loss of each held-out person."""
+    flags, last, users = config["flags"], history[-1], len(config["trained_on"])
+    losses = cross_fitted(history, held.half)
+    params, params_encoder = parameters(MAE(**config["model"]))
+    return {
+        **flags, "loss": losses.mean(), "loss_last": last["loss"], "baseline_loss": baseline.mean(),
+        "unexplained": (losses / baseline).mean(), "users": users, "hours": hours,
+        "hours_per_user": hours / users, "hours_cap": flags["hours_per_user"], "windows": windows,
+        "params": params, "params_encoder": params_encoder, "steps": last["step"],
+        "best_step": best_step(history), "converged": has_converged(history, flags["patience"]),
+        "patches": held.x.shape[2] // flags["patch"], "seconds": last["seconds"],
+        "windows_per_second": last["step"] * flags["batch"] / last["seconds"],
+        "device": f"{held.x.device}, {torch.get_num_threads()} threads, {platform.machine()}",
+        "flops": last["flops"], "versions": config["provenance"],
+        "config": {**flags, "fingerprint": config["fingerprint"]},
+        "people": [{"source": source, "user": user, "loss": loss, "baseline": base}
+                   for (source, user), loss, base in zip(held.people, losses, baseline)]}
 
 def main():
-    a = parse_flags()
-    run, rank, world = Path(a.out), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = choose_device(a.device)
-    torch.set_num_threads(a.threads if a.threads > 0 else max(1, os.cpu_count() // world))
-    keep_memory()
+    parser = build_parser()
+    a = parser.parse_args()
+    run, device = Path(a.out), choose_device(a.device)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # torchrun
+    torch.set_num_threads(a.threads or max(1, os.cpu_count() // world))
     a.precision = choose_precision(a.precision, device)
-    a.lr = LEARNING_RATE[a.optimizer] if a.lr is None else a.lr
 
+    # What this run is: the people, their windows, the model, the evaluation.
     prepared = load(a.data)
-    trainable = training_users(prepared.meta, a.seed)
-    check_flags(a, prepared, trainable, world)
-    channels = select_sensors(prepared.meta["channels"], a.sensors)
-    names = [prepared.meta["channels"][c] for c in channels]
-    config = describe(a, prepared)
-    torch.manual_seed(a.seed)
-    model = MAE(**config["model"]).to(device)
-
-    if rank == 0:
-        held_lock = lock(run)                                    # open, so held, until this process ends
-    if finished(run, config, rank):                              # all processes leave, or one would wait for the others
-        return
-
-    users = trainable[:a.users]
+    users = training_users(prepared.meta, a.seed)
+    check_data(a, prepared, len(users), world)
+    users = users[:a.users]
     rows = draw_windows(prepared, users, a.hours_per_user, a.seed)
-    fits = prepared.windows[:1].nbytes * len(rows) < 2 ** 31      # else batches are read through the memory map
-    source = torch.from_numpy(prepared.windows[rows][:, channels]).to(device) if fits else None
+    flags = {key: value for key, value in vars(a).items() if key not in MACHINE}
+    shape = {key: flags[key] for key in ("width", "depth", "heads", "patch", "target")}
+    shape["sensors"] = 2 if a.sensors == "both" else 1
+    config = {"flags": flags, "fingerprint": prepared.meta["fingerprint"], "model": shape,
+              "trained_on": people(prepared.meta, users), "provenance": provenance()}
+    torch.manual_seed(a.seed)
+    model, held = MAE(**shape).to(device), held_out(prepared, flags, device)
+    baseline = evaluate(lambda *batch: baseline_loss(model, *batch), held)
 
-    def windows_at(index):
-        raw = torch.from_numpy(prepared.windows[index][:, channels]).to(device)
-        return standardise(raw, names)
-
-    def batch_at(step):
-        mine = slice(rank * a.batch // world, (rank + 1) * a.batch // world)
-        index = batch_rows(step, len(rows), a.batch, a.seed)[mine]
-        x = standardise(source[torch.from_numpy(index).to(device)], names) if fits else windows_at(rows[index])
-        if a.rotate:
-            x = turn_sensors(x, a.rotate * torch.randn(a.batch, 1, 3, generator=seeded(a.seed, 4, step))[mine])
-        return x, *(part[mine].to(device) for part in seeded_masks(a.batch, config, a.seed, 2, step))
-
-    held = []
-    for half, people in enumerate(held_out_users(prepared.meta)):
-        x = windows_at(held_out_windows(prepared, people, EVALUATED))
-        held.append((x, *(part.to(device) for part in seeded_masks(len(x), config, 3, half))))
-    baseline = baseline_loss(*held[1], a.patch).mean().item()
-
-    optimizers = build_optimizers(model, a.optimizer, a.lr, a.weight_decay)
-    state = load_checkpoint(run, device) or {"step": 0, "seconds": 0.0, "history": [], "recent": [], "best": {}}
-    if state["step"]:
-        model.load_state_dict(state["model"])
-        for o, saved in zip(optimizers, state["optimizers"]):
-            o.load_state_dict(saved)
-        print(f"goes on from step {state['step']}")
-    forward = torch.compile(model) if a.compile else model
+    # Where it stands: the last checkpoint, if there is one.
+    held_lock = lock(run) if rank == 0 else None       # until this process ends
+    average, optimizers = copy.deepcopy(model), build_optimizers(model, a.lr, a.weight_decay)
+    new = {"step": 0, "seconds": 0.0, "train_loss": 0.0, "history": [], "best": {}}
+    start = {**new, **load_checkpoint(run, device)}
+    step, seconds, train_loss, history, best = (start[key] for key in new)
+    if (run / "config.json").exists():
+        check_same_run(run, config, {key: parser.get_default(key) for key in flags}, step)
+    if step:
+        print(f"resumes at step {step}")
+        model.load_state_dict(start["model"])
+        average.load_state_dict(start["average"])
+        for o, content in zip(optimizers, start["optimizers"]):
+            o.load_state_dict(content)
+    forward = model
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        forward = torch.nn.parallel.DistributedDataParallel(forward)
+        forward = torch.nn.parallel.DistributedDataParallel(model)
+    if rank == 0:
+        write_json(run / "config.json", config)
+        print(f"{len(rows)} windows of {len(users)} users, baseline loss {baseline.mean():.4f}")
 
     def save():
+        require(all(weights.isfinite().all() for weights in model.parameters()),
+                f"the loss is nan or infinite at step {step}: choose a lower --lr; the last good "
+                "checkpoint is kept")
         if rank == 0:
-            state.update(model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], config=config)
-            save_checkpoint(run, state)
-            with replacing(run / "metrics.jsonl") as temporary:
-                temporary.write_text("".join(json.dumps(line) + "\n" for line in state["history"]))
+            save_checkpoint(run, {
+                "step": step, "seconds": seconds, "train_loss": train_loss, "history": history,
+                "best": best, "model": model.state_dict(), "average": average.state_dict(),
+                "optimizers": [o.state_dict() for o in optimizers]})
 
-    got = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, frame: got.append(received))
+    signals, stop, saved, clock = [], 0, seconds, time.monotonic() - seconds
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda received, frame: signals.append(received))
+    flops = 3 * a.batch * forward_flops(a.width, a.depth, a.patch, shape["sensors"],
+                                        held.x.shape[2] // a.patch, a.mask_ratio)       # of a step
+    while not stop and step < a.steps and not has_converged(history, a.patience):
+        for o in optimizers:
+            o.param_groups[0]["lr"] = o.defaults["lr"] * schedule(step, a.tau, a.decay)
+        batch = batch_at(step, prepared, rows, flags)
+        with torch.autocast(device.type, torch.bfloat16, enabled=a.precision == "bf16"):
+            loss = forward(*(part[rank::world].to(device) for part in batch)).mean()
+        loss.backward()
+        for o in optimizers:
+            o.step()
+            o.zero_grad()
+        step += 1
+        update_average(average, model, step, a.average)
+        train_loss += loss.detach()                    # summed since the last evaluation
+        seconds = time.monotonic() - clock
 
-    def stopped():
-        """Whether a signal came; several processes agree on it, so that all leave at the same step."""
+        if is_evaluated(step) or step == a.steps:
+            losses, since = evaluate(average, held), step - (history[-1]["step"] if history else 0)
+            history.append({"step": step, "train_loss": float(train_loss) / since,
+                            "loss": losses.mean().item(), "people": losses.tolist(),
+                            "seconds": round(seconds, 3), "flops": step * flops})
+            train_loss = 0.0
+            if best_step(history) == step:
+                best = copy.deepcopy(average.state_dict())
+            if rank == 0:
+                speed = (step - start["step"]) / (seconds - start["seconds"])
+                print("step {step:6d}  train {train_loss:.4f}  held-out {loss:.4f}  {seconds:.0f} s"
+                      .format(**history[-1]), f" {speed * a.batch:.0f} windows/s, at most "
+                      f"{(a.steps - step) / speed:.0f} s left", flush=True)
+        stop = torch.tensor(len(signals), device=device)
         if world > 1:
-            signals = torch.tensor(len(got), device=device)
-            dist.all_reduce(signals)
-            got.extend([signal.SIGTERM] * (signals.item() > len(got)))
-        return bool(got)
-
-    if rank == 0:
-        print(f"{a.data}: {len(rows)} windows of {len(users)} users -> {a.width}x{a.depth}x{a.heads}, "
-              f"{parameters(model)[1]:,} encoder parameters, on {device}; baseline {baseline:.4f}", flush=True)
-    try:
-        train(model, forward, optimizers, batch_at, held, a, state, save, stopped)
-    except (MemoryError, RuntimeError) as error:                 # torch says it differently on a CPU and on a GPU
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
-        raise Refused(f"out of memory on {device}: lower --batch, --width or --depth, or take --precision "
-                      "bf16") from None
-    if got and state["step"] < a.steps:
-        print(f"stopped at step {state['step']} of {a.steps} and saved: the same command goes on from there",
-              file=sys.stderr)
-        sys.exit(128 + got[0])
+            dist.all_reduce(stop)                      # all processes stop at the same step
+        if stop or seconds > saved + 10:
+            save()
+            saved = seconds
+    if stop:
+        print(f"stopped at step {step} and saved: the same command resumes", file=sys.stderr)
+        sys.exit(128 + (signals or [signal.SIGTERM])[0])
+    save()
     if rank == 0:
         hours = len(rows) * prepared.meta["seconds"] / 3600
-        result = result_of(a, config, state, len(users), hours, len(rows), baseline, model, device)
+        result = result_of(config, history, held, baseline, len(rows), hours)
         write_json(run / "result.json", result)
         (run / "checkpoint.prev.pt").unlink(missing_ok=True)
-        print(f"done: loss {result['loss']:.4f} at step {result['best_step']} (baseline {baseline:.4f}), "
-              f"{clock(state['seconds'])} of training")
+        if a.plot:
+            average.load_state_dict(best)
+            draw_reconstruction(run / "reconstruction.png", average, held, prepared.meta["rate"])
+        print("loss {loss:.4f}, {unexplained:.1%} of the baseline, best at step {best_step} of "
+              "{steps}; converged: {converged}".format(**result))
     if world > 1:
         dist.destroy_process_group()
-
 
 if __name__ == "__main__":
     command(main)
