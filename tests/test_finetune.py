@@ -1,62 +1,68 @@
-"""Downstream scores: who is tested, what is fitted, what a number means, what is refused."""
+"""Downstream: who is tested, what is fitted, what a score means, what is refused."""
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import minimize
 
 import data
 import finetune
-import pretrain
-from model import MAE, patchify
+from finetune import Encoder, in_batches
+from model import MAE
+from pretrain import load_run
 
-SHAPE = {"width": 16, "depth": 2, "heads": 2, "patch": 5, "sensors": 2, "steps": 40, "decoder_width": 16,
-         "decoder_depth": 1, "decoder_heads": 2, "positions": "rotary"}
-CLASSES = ["still", "slow", "fast"]
-ELSEWHERE = {"name": "elsewhere", "fingerprint": "-"}             # what a run was pre-trained on
+CODE = Path(finetune.__file__).parent
+CLASSES = ["fast", "slow", "still"]
+TEN, RED, BLUE = ([f"{name}{u}" for u in range(10)] for name in ("p", "red_", "blue_"))
 
 
-def make_set(home, name, users=10, samples=200, labels=None, channels=6, **meta):
-    """data/NAME/: people shake a sensor not at all, slowly or fast, each in a way of their own; 12 windows a person."""
+# ---------------------------------------------------------------- a small world
+def record(home, raw, users, labels=CLASSES):
+    """raw/: a file a user, who does each activity for a minute, in a style of their own."""
+    (home / raw).mkdir()
     rng = np.random.default_rng(0)
-    who = np.repeat(np.arange(users), 12)
-    what = np.arange(len(who)) % 3 if labels is None else np.asarray(labels)
-    t = np.arange(samples) / 20
-    phase, style = rng.uniform(0, 6, (len(who), channels, 1)), rng.uniform(0.2, 0.4, (users, channels, 1))[who]
-    hertz = np.array([0, 1, 3])[what % 3][:, None, None]
-    windows = style * np.sin(2 * np.pi * hertz * t + phase) * (hertz > 0)
-    windows = (windows + 0.05 * rng.standard_normal(windows.shape)).astype("float16")
-    folder = home / "data" / name
-    folder.mkdir(parents=True)
-    for part, array in (("windows", windows), ("users", who), ("labels", what)):
-        np.save(folder / f"{part}.npy", array)
-    (folder / "meta.json").write_text(json.dumps({
-        "name": name, "rate": 20, "seconds": samples / 20, "channels": data.CHANNELS[:channels], "classes": CLASSES,
-        "hours": 1, "windows": len(who), "users": [f"p{u}" for u in range(users)], "sources": [name] * users,
-        "test_users": None, "settings": {}, "left_out": {}, "fingerprint": data.fingerprint(windows, who, what),
-        **meta}))
+    for user in users:
+        hertz = np.repeat([{"fast": 3, "slow": 1}.get(label, 0) for label in labels], 1200)[:, None]
+        style = rng.uniform(0.2, 0.4, 6) * (hertz > 0)
+        signal = style * np.sin(2 * np.pi * hertz.cumsum(0) / 20 + rng.uniform(0, 6, 6))
+        signal += 0.05 * rng.standard_normal(signal.shape)
+        np.savez(home / raw / user, signal=signal, rate=20.0, label=np.repeat(labels, 1200))
 
 
-def make_run(home, name, seed=0, sensors="both"):
-    """runs/NAME/ as pretrain.py leaves it, the weights as they were drawn (and no block the identity)."""
-    config = {"data": ELSEWHERE, "model": {**SHAPE, "sensors": 2 if sensors == "both" else 1},
-              "training": {"sensors": sensors}}
+def prepare(home, raw, name):
+    words = [sys.executable, CODE / "data.py", "folder", "--raw", raw, "--name", name]
+    subprocess.run(words, cwd=home, check=True, capture_output=True)
+
+
+def make_run(home, name, trained_on=(("else", "where"),), seed=0, **shape):
+    """runs/NAME/ as pretrain.py leaves it, with random weights, no block the identity."""
+    shape = {"width": 16, "depth": 2, "heads": 2, "patch": 5, "sensors": 2, **shape}
     torch.manual_seed(seed)
-    model = MAE(**config["model"])
+    model = MAE(**shape)
     for block in model.blocks:
-        block.attention.out.reset_parameters(), block.down.reset_parameters()
-    data.write_json(home / "runs" / name / "config.json", config)
-    weights = model.state_dict()
-    pretrain.save_checkpoint(home / "runs" / name, {"model": weights, "best": weights, "config": config})
+        block.attention.out.reset_parameters()
+        block.down.reset_parameters()
+    data.write_json(home / "runs" / name / "config.json", {
+        "flags": {"sensors": "both" if shape["sensors"] == 2 else "acc"}, "fingerprint": "-",
+        "model": shape, "trained_on": sorted(map(list, trained_on))})
+    torch.save({"best": model.state_dict()}, home / "runs" / name / "checkpoint.pt")
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
-    make_set(home, "shakes")
-    make_set(home, "short", samples=51, test_users=["p2", "p5", "p7"])
+    record(home, "shakers", TEN)
+    record(home, "red", RED)
+    record(home, "blue", BLUE)
+    record(home, "both", RED + BLUE)
+    for words in ("shakers shakes", "shakers again", "shakers official", "red red", "blue blue",
+                  "both pool"):
+        prepare(home, *words.split())
+    meta = home / "data/official/meta.json"
+    data.write_json(meta, {**json.loads(meta.read_text()), "test_users": ["p2", "p5", "p7"]})
     make_run(home, "a")
     return home
 
@@ -77,260 +83,198 @@ def result(home, name, run="a"):
     return json.loads((home / "runs" / run / "finetune" / f"{name}.json").read_text())
 
 
+def persons(home, name, users=None):
+    """{(source, user), ...} of a set in the folder data/: all, or those with these names."""
+    people = data.people(data.load(name, home / "data").meta)
+    return {person for person in people if users is None or person[1] in users}
+
+
 # ---------------------------------------------------------------- who is tested
-def test_five_folds_test_each_user_once_and_train_on_none_that_is_tested():
-    users = np.random.default_rng(0).integers(0, 36, 2000)
-    meta = {"name": "any", "fingerprint": "+", "test_users": None}
-    folds = finetune.user_folds(meta, users, np.zeros(2000, int), ELSEWHERE, seed=0)
-    assert len(folds) == 5
-    assert sorted(np.concatenate([np.unique(users[test]) for _, test in folds])) == list(range(36))
-    for train, test in folds:
-        assert not set(users[train]) & set(users[test]) and len(train) + len(test) == 2000
-        fit, validation = finetune.set_aside(train, users, seed=0)
-        assert not set(users[fit]) & set(users[validation]) and sorted([*fit, *validation]) == sorted(train)
-        assert len(set(users[validation])) == len(set(users[train])) // 5
-    other = finetune.user_folds(meta, users, np.zeros(2000, int), ELSEWHERE, seed=1)
-    assert set(users[other[0][1]]) != set(users[folds[0][1]])
+@pytest.mark.parametrize("trained_by, tested_by", [
+    ("pool", ["pool", "red", "red+blue", "shakes"]), ("red", ["red", "pool", "blue"]),
+    ("red+blue", ["pool", "blue"]), ("shakes", ["shakes", "again"])])
+def test_nobody_is_tested_who_was_trained_on(home, command, trained_by, tested_by):
+    """Whatever a set is called: a pool and its parts, pooled sets, one set under two names."""
+    run = home / "runs" / f"by-{trained_by}"
+    if trained_by == "pool":                           # as pretrain.py records it
+        words = "--data pool --users 4 --width 16 --depth 1 --heads 2 --patch 20 --steps 2 --out"
+        subprocess.run([sys.executable, CODE / "pretrain.py", *words.split(), run], cwd=home,
+                       check=True, capture_output=True)
+    else:
+        meta = data.load(trained_by, home / "data").meta
+        make_run(home, run.name, data.people(meta, data.training_users(meta, 0)))
+    trained_on = set(map(tuple, load_run(run)[1]["trained_on"]))
+    for name in tested_by:
+        assert command(run, "--data", name)[0] == 0
+        folds = result(home, f"{name}-probe", run.name)["folds"]
+        assert not any(set(fold["train_users"]) & set(fold["test_users"]) for fold in folds)
+        tested = persons(home, name, sum((fold["test_users"] for fold in folds), []))
+        assert tested and not tested & trained_on
+        if persons(home, name) & trained_on:           # shared people: the held-out are tested
+            meta = data.load(name).meta
+            assert tested == set(data.people(meta, sum(data.held_out_users(meta), [])))
+        else:                                          # strangers: everyone, in one of five folds
+            assert tested == persons(home, name) and len(folds) == 5
 
 
-def test_official_test_users_come_first_then_those_held_out_of_pre_training():
-    users = np.repeat(np.arange(10), 3)
-    meta = {"name": "any", "fingerprint": "+", "users": [f"p{u}" for u in range(10)], "sources": ["any"] * 10}
-    [(train, test)] = finetune.user_folds({**meta, "test_users": ["p9", "p4"]}, users, 0 * users, ELSEWHERE, 0)
-    assert set(users[test]) == {4, 9} and set(users[train]) == set(range(10)) - {4, 9}
-    for pretrained_on in ({"name": "this+any", "fingerprint": "-"}, {"name": "copy", "fingerprint": "+"}):
-        [(train, test)] = finetune.user_folds({**meta, "test_users": None}, users, 0 * users, pretrained_on, 0)
-        assert set(users[test]) == set(sum(data.held_out_users(meta), [])) == set(range(10)) - set(users[train])
+def test_a_set_is_refused_in_a_sentence_if_no_user_is_left_to_test(home, command):
+    make_run(home, "saw-all", persons(home, "red"))
+    status, _, error = command("runs/saw-all", "--data", "red")
+    assert status == 2 and len(error.splitlines()) == 1 and "pre-trained on 10 of 10" in error
+    assert command("runs/saw-all", "--data", "pool")[0] == 0
+    assert {user[:4] for user in result(home, "pool-probe", "saw-all")["test_users"]} == {"blue"}
 
 
-def test_fewer_labelled_users_are_among_more_of_them():
-    users = np.repeat(np.arange(20), 4)
-    [(train, test)] = [(np.flatnonzero(users < 15), np.flatnonzero(users >= 15))]
-    draws = {count: finetune.few_users([(train, test)], users, count, seed=0) for count in (1, 2, 8, 15)}
-    for k in range(5):                                           # one fold is drawn five times
-        chosen = [set(users[few[k][0]]) for few in draws.values()]
-        assert [len(people) for people in chosen] == [1, 2, 8, 15] and chosen[0] < chosen[1] < chosen[2] < chosen[3]
-    assert len({tuple(few[0]) for few in draws[1]}) > 1
+def test_official_test_users_are_tested_unless_one_was_trained_on(home, command):
+    make_run(home, "saw-two", persons(home, "shakes", ["p0", "p1"]))
+    make_run(home, "saw-one-of-them", persons(home, "shakes", ["p0", "p5"]))
+    assert command("runs/saw-two", "--data", "official")[0] == 0
+    assert result(home, "official-probe", "saw-two")["test_users"] == ["p2", "p5", "p7"]
+    assert command("runs/saw-two", "--data", "official", "--split", "validation")[0] == 0
+    tested = result(home, "official-probe-validation", "saw-two")["test_users"]
+    assert set(tested) == set(TEN) - {"p2", "p5", "p7", "p0", "p1"}            # to choose a run by
+    assert "pre-trained on 2 of 10" in command("runs/saw-one-of-them", "--data", "official")[2]
 
 
-def test_choosing_leaves_the_test_users_alone():
-    users = np.repeat(np.arange(20), 4)
-    test_first = (np.flatnonzero(users < 15), np.flatnonzero(users >= 15))
-    folds = finetune.validation_folds([test_first, test_first[::-1]], users, seed=0)
-    assert sorted(np.concatenate([test for _, test in folds])) == sorted(test_first[0]) and len(folds) == 5
-    assert all(not set(users[train]) & set(users[test]) and users[train].max() < 15 for train, test in folds)
+def test_few_labelled_users_are_among_more_of_them(home, command):
+    assert command("runs/a", "--data", "official", "--label-users", "1,3,6")[0] == 0
+    draws = [result(home, f"official-probe-u{count}")["folds"] for count in (1, 3, 6)]
+    assert [len(folds) for folds in draws] == [5, 5, 5]                        # drawn five times
+    for folds in zip(*draws):
+        few, more, most = (set(fold["train_users"]) for fold in folds)
+        assert [len(few), len(more), len(most)] == [1, 3, 6] and few < more < most
+        assert not most & {"p2", "p5", "p7"}
+    assert (home / "runs/a/finetune/label-users.png").exists()
 
 
-def test_windows_drawn_at_random_give_folds_of_the_same_sizes():
-    folds = [(np.arange(3, 10), np.arange(3)), (np.r_[:3, 7:10], np.arange(3, 7)), (np.arange(7), np.arange(7, 10))]
-    leaky = finetune.window_folds(folds, seed=0)
-    assert [len(test) for _, test in leaky] == [3, 4, 3]
-    assert sorted(np.concatenate([test for _, test in leaky])) == list(range(10))
-    assert all(sorted([*train, *test]) == list(range(10)) for train, test in leaky)
+def test_a_split_by_window_shows_the_leak_that_a_split_by_user_hides(home, command):
+    """Users do one activity each, and are told by how a sensor is worn: new ones can't be told."""
+    (home / "habits").mkdir()
+    for u, style in enumerate(np.random.default_rng(1).uniform(-1, 1, (15, 6))):
+        signal = style + 0.05 * np.random.default_rng(u).standard_normal((2400, 6))
+        np.savez(home / f"habits/p{u}", signal=signal, rate=20.0, label=[CLASSES[u % 3]] * 2400)
+    prepare(home, "habits", "habits")
+    assert command("runs/a", "--data", "habits", "--split", "window")[0] == 0
+    honest, leak = result(home, "habits-probe"), result(home, "habits-probe-window")
+    assert honest["macro_f1"] < 0.6 and leak["macro_f1"] > 0.95
+    assert set(leak["folds"][0]["train_users"]) & set(leak["folds"][0]["test_users"])
 
 
-# ---------------------------------------------------------------- features
-def test_a_probe_sees_every_patch_and_one_sensor_alone_sees_nothing_of_the_other():
-    config = {"model": SHAPE}
-    model = finetune.build(config, MAE(**SHAPE).state_dict(), "random", 200)
+# ---------------------------------------------------------------- features and the probe
+def test_features_are_mean_and_deviation_over_all_patches(home):
+    model, _ = load_run(home / "runs/a")
     x = torch.randn(3, 6, 200)
-    torch.testing.assert_close(finetune.encode(model, x, [0, 1]), model.features(x))
-    gyro = finetune.encode(model, x[:, 3:], [1])
-    tokens = patchify(x, 5)[:, 1]                                # those of the gyroscope are numbers 40 to 79
-    torch.testing.assert_close(gyro[:, 0], model.encode(tokens, torch.arange(40, 80).expand(3, -1), 40))
-    changed = x.clone()
-    changed[:, :, 90] += 1                                       # one sample is felt by every token, so none was masked
-    assert ((finetune.encode(model, changed, [0, 1]) - model.features(x)).abs().amax(-1) > 0).all()
-    torch.testing.assert_close(finetune.pool(gyro, "mean"), gyro.mean((1, 2)))
-    spread = finetune.pool(gyro, "mean+std")[:, 16:]
-    torch.testing.assert_close(spread, gyro[:, 0].std(1, correction=0), atol=1e-3, rtol=1e-3)
+    latents, pooled = model.features(x).detach(), in_batches(Encoder(model), x)
+    by_hand = torch.cat([latents.mean(2), latents.std(2, correction=0)], 1).flatten(1)
+    torch.testing.assert_close(pooled, by_hand, atol=1e-3, rtol=1e-3)
+    for at in (2, 90, 198):                            # every sample matters: no patch is hidden
+        x[:, :, at] += 1
+        assert not torch.allclose(in_batches(Encoder(model), x), pooled)
 
 
-def test_windows_may_be_shorter_or_longer_than_in_pre_training():
-    config, weights = {"model": SHAPE}, MAE(**SHAPE).state_dict()
-    x = torch.randn(2, 6, 400)
-    assert finetune.encode(finetune.build(config, weights, "probe", 400), x, [0, 1]).shape == (2, 2, 80, 16)
-    short = finetune.build(config, weights, "probe", 51)
-    torch.testing.assert_close(finetune.encode(short, x[..., :51], [0, 1]), finetune.encode(short, x[..., :50], [0, 1]))
-    torch.testing.assert_close(finetune.encode(finetune.build(config, weights, "probe", 400), x[..., :200], [0, 1]),
-                               finetune.encode(finetune.build(config, weights, "probe", 200), x[..., :200], [0, 1]))
-    learned = {"model": {**SHAPE, "positions": "learned"}}
-    with pytest.raises(data.Refused, match="rotary"):
-        finetune.build(learned, MAE(**learned["model"]).state_dict(), "probe", 400)
-
-
-# ---------------------------------------------------------------- logistic regression
-def problem(n=400, F=6, K=4):
+def problem():
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((n, F)) @ rng.standard_normal((F, F))                                # correlated features
-    y = (x @ rng.standard_normal((F, K)) + rng.gumbel(size=(n, K))).argmax(1)
+    x = rng.standard_normal((400, 6)) @ rng.standard_normal((6, 6))
+    y = (x @ rng.standard_normal((6, 4)) + rng.gumbel(size=(400, 4))).argmax(1)
     return torch.from_numpy(x), torch.from_numpy(y)
 
 
 @pytest.mark.parametrize("l2", [1e-1, 1e-4])
-def test_logistic_regression_ends_in_the_minimum_that_scipy_finds(l2):
+def test_logistic_regression_ends_where_the_gradient_of_its_convex_loss_is_zero(l2):
     x, y = problem()
-
-    def objective(flat):
-        w = torch.from_numpy(flat).view(7, 4).requires_grad_()
-        loss = torch.nn.functional.cross_entropy(x @ w[:-1] + w[-1], y) + l2 / 2 * w[:-1].square().sum()
-        loss.backward()
-        return loss.item(), w.grad.flatten().numpy()
-
-    [ours] = finetune.regression_path(x, y, 4, [l2], tolerance=1e-9)
-    loss, gradient = objective(ours.flatten().numpy())
-    theirs = minimize(objective, np.zeros(28), jac=True, method="BFGS", options={"gtol": 1e-8})
-    assert np.abs(gradient).max() < 1e-7 and loss == pytest.approx(theirs.fun, abs=1e-10)
-    np.testing.assert_allclose(ours[:-1].flatten(), theirs.x[:24], atol=1e-4)
-    path = list(finetune.regression_path(x.float(), y, 4, [10 * l2, l2], tolerance=1e-5))        # started elsewhere
-    np.testing.assert_allclose(path[1][:-1], ours[:-1], atol=0.02 * ours.abs().max())
+    start = torch.randn(7, 4, dtype=x.dtype)
+    w = finetune.logistic_regression(x, y, l2, start, tolerance=1e-9).requires_grad_()
+    loss = torch.nn.functional.cross_entropy(x @ w[:-1] + w[-1], y) + l2 / 2 * w[:-1].square().sum()
+    [gradient] = torch.autograd.grad(loss, w)
+    assert gradient.abs().max() < 1e-6
 
 
-def test_the_penalty_is_chosen_on_users_set_aside_and_features_standardised_on_training_users():
+def test_the_penalty_is_chosen_on_validation_rows():
     x, y = problem()
-    x[300:] += 1e3                                               # what is tested has no say
-    fit, validation, train = np.arange(200), np.arange(200, 300), np.arange(300)
-    weights, mean, sd, l2 = finetune.fit_probe(x, y, fit, validation, train, 4)
-    again = finetune.fit_probe(x[:300], y[:300], fit, validation, train, 4)
-    torch.testing.assert_close((weights, mean, sd, l2), again)
-    torch.testing.assert_close((mean, sd), (x[:300].mean(0), x[:300].std(0, correction=0)))
+    fit, validation, l2 = np.arange(200), np.arange(200, 400), finetune.PENALTIES[0]
     z = (x - x[fit].mean(0)) / x[fit].std(0, correction=0)
-    strongest = next(finetune.regression_path(z[fit], y[fit], 4, finetune.PENALTIES, tolerance=3e-4))
-    y[validation] = finetune.predict(z[validation], strongest)   # so that the validation users agree with it
-    assert finetune.fit_probe(x, y, fit, validation, train, 4)[3] == finetune.PENALTIES[0]
+    weights = finetune.logistic_regression(z[fit], y[fit], l2, x.new_zeros(7, 4), tolerance=3e-4)
+    y[validation] = (z[validation] @ weights[:-1] + weights[-1]).argmax(1)     # they agree with it
+    assert finetune.fit_probe(x, y, 4, fit, validation, fit).l2 == l2
 
 
-# ---------------------------------------------------------------- scores
+# ---------------------------------------------------------------- scores and networks
 def test_scores_by_hand():
-    truth, answer = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([0, 0, 1, 1, 0, 0])
-    counts = finetune.confusion(truth, answer, 4)
+    truth, predicted = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([0, 0, 1, 1, 0, 0])
+    counts = finetune.confusion(truth, predicted, 4)
     assert counts.tolist() == [[2, 1, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
-    found = finetune.scores(counts)
-    assert found["accuracy"] == pytest.approx(3 / 6)
-    assert found["per_class_f1"] == [pytest.approx(4 / 7), pytest.approx(2 / 4), 0, None]
-    assert found["macro_f1"] == pytest.approx((4 / 7 + 1 / 2 + 0) / 3), "a class nobody has or answers doesn't count"
+    scores = finetune.scores(counts)
+    assert scores["accuracy"] == pytest.approx(3 / 6)
+    assert scores["per_class_f1"] == [pytest.approx(4 / 7), pytest.approx(2 / 4), 0, None]
+    assert scores["macro_f1"] == pytest.approx((4 / 7 + 1 / 2 + 0) / 3)        # nobody has class 3
 
 
-def test_scores_and_regression_equal_those_of_scikit_learn():
-    pytest.importorskip("sklearn", reason="scikit-learn isn't installed; the project doesn't need it")
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
-    rng = np.random.default_rng(1)
-    for classes in (2, 6, 18):
-        truth, answer = rng.integers(0, classes, 60), rng.integers(0, max(2, classes - 3), 60)
-        counts = finetune.confusion(torch.from_numpy(truth), torch.from_numpy(answer), classes)
-        found = finetune.scores(counts)
-        assert found["accuracy"] == pytest.approx(accuracy_score(truth, answer))
-        assert found["macro_f1"] == pytest.approx(f1_score(truth, answer, average="macro"))
-        assert np.array_equal(counts, confusion_matrix(truth, answer, labels=range(classes)))
-    x, y = problem()
-    [ours] = finetune.regression_path(x, y, 4, [1e-2])
-    theirs = LogisticRegression(C=1 / (400 * 1e-2), tol=1e-8, max_iter=10000).fit(x, y)
-    np.testing.assert_allclose(ours[:-1].T, theirs.coef_, atol=1e-3)
-    assert np.array_equal(finetune.predict(x, ours), theirs.predict(x))
+def test_a_result_has_its_files_and_keys_and_is_compared_by_paired_folds(home, command):
+    flags = ["runs/a", "--data", "shakes", "--sensors", "acc", "--label-users", 4]
+    command(*flags, "--mode", "random")
+    status, printed, _ = command(*flags)
+    probe, other = (result(home, f"shakes-{mode}-acc-u4") for mode in ("probe", "random"))
+    assert (home / "runs/a/finetune/shakes-probe-acc-u4.png").exists()
+    assert probe["classes"] == CLASSES and len(probe["per_class_f1"]) == 3
+    assert probe["n_test"] == np.sum(probe["confusion"]) == 180 and probe["n_train"] == 4 * 18
+    f1 = np.array([fold["macro_f1"] for fold in probe["folds"]])
+    assert probe["macro_f1"] == pytest.approx(f1.mean()) and 0 <= probe["accuracy"] <= 1
+    assert probe["macro_f1_sd"] == pytest.approx(f1.std(ddof=1)) and probe["accuracy_sd"] >= 0
+    gain = f1 - [fold["macro_f1"] for fold in other["folds"]]
+    assert status == 0 and f"{gain.mean():+.4f} on random" in printed
+    assert f"standard error {gain.std(ddof=1) / 5 ** 0.5:.4f}" in printed
 
 
-# ---------------------------------------------------------------- the command
-def test_a_probe_leaves_its_scores_and_not_the_encoder_changed(home, command):
-    checkpoint = (home / "runs/a/checkpoint.pt").read_bytes()
-    status, said, error = command("runs/a", "--data", "short")
-    assert status == 0 and "short-probe: accuracy" in said, error
-    found = result(home, "short-probe")
-    assert found["test_users"] == ["p2", "p5", "p7"] and (found["n_train"], found["n_test"]) == (7 * 12, 3 * 12)
-    assert found["classes"] == CLASSES and len(found["per_class_f1"]) == 3 and np.sum(found["confusion"]) == 36
-    assert found["accuracy"] == np.trace(found["confusion"]) / 36 > 0.8
-    assert found["accuracy_sd"] == found["macro_f1_sd"] == 0
-    assert found["l2"][0] in finetune.PENALTIES and found["provenance"]["torch"]
-    assert (home / "runs/a/finetune/short-probe.png").read_bytes()[:4] == b"\x89PNG"
-    assert (home / "runs/a/checkpoint.pt").read_bytes() == checkpoint
+@pytest.mark.parametrize("mode", ["tune", "scratch"])
+def test_a_network_keeps_the_epoch_that_is_best_for_validation_users(home, command, mode):
+    before = (home / "runs/a/checkpoint.pt").read_bytes()
+    _, printed, _ = command("runs/a", "--data", "official", "--mode", mode, "--patience", 2)
+    epochs = [line.split() for line in printed.splitlines() if line.startswith("epoch")]
+    best, network = np.argmax([words[3] for words in epochs]), result(home, f"official-{mode}")
+    assert network["folds"][0]["epoch"] == best + 1 == len(epochs) - 2
+    assert network["macro_f1"] > 0.6                   # by chance: 0.33
+    assert (home / "runs/a/checkpoint.pt").read_bytes() == before
 
 
-def test_five_folds_give_a_mean_and_a_deviation(home, command):
-    assert command("runs/a", "--data", "shakes", "--sensors", "acc", "--seed", 3)[0] == 0
-    found = result(home, "shakes-probe-acc-s3")
-    f1 = [fold["macro_f1"] for fold in found["folds"]]
-    assert len(f1) == 5 and found["macro_f1"] == pytest.approx(np.mean(f1))
-    assert found["macro_f1_sd"] == pytest.approx(np.std(f1, ddof=1))
-    assert found["n_test"] == 120 and len(found["test_users"]) == 10
-    assert not any(set(fold["train_users"]) & set(fold["test_users"]) for fold in found["folds"])
-
-
-def test_what_is_done_is_left_and_what_another_checkpoint_made_is_replaced_aloud(home, command):
+# ---------------------------------------------------------------- again, at once, to take away
+def test_a_result_is_left_alone_until_the_weights_change_and_two_at_once_do_no_harm(home, command):
     make_run(home, "b")
-    command("runs/b", "--data", "short")
-    path = home / "runs/b/finetune/short-probe.json"
-    before = path.stat().st_mtime_ns
-    status, said, _ = command("runs/b", "--data", "short")
-    assert status == 0 and "is there already" in said and path.stat().st_mtime_ns == before
+    words = [sys.executable, CODE / "finetune.py", "runs/b", "--data", "red"]
+    two = [subprocess.Popen(words, cwd=home, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait() for process in two] == [0, 0]
+    folder = home / "runs/b/finetune"
+    assert sorted(p.name for p in folder.iterdir()) == ["red-probe.json", "red-probe.png"]
+    first = result(home, "red-probe", "b"), (folder / "red-probe.json").stat().st_mtime_ns
+    assert command("runs/b", "--data", "red")[0] == 0
+    assert (folder / "red-probe.json").stat().st_mtime_ns == first[1]
     make_run(home, "b", seed=1)
-    status, _, said = command("runs/b", "--data", "short")
-    assert status == 0 and "is replaced: it was made from other weights" in said and path.stat().st_mtime_ns > before
-    path.write_text("{")
-    assert "is damaged" in command("runs/b", "--data", "short")[2] and result(home, "short-probe", "b")["macro_f1"]
+    assert command("runs/b", "--data", "red")[0] == 0
+    assert result(home, "red-probe", "b") != first[0]
 
 
-def test_a_curve_of_labelled_users(home, command):
-    status, said, _ = command("runs/a", "--data", "short", "--label-users", "1,3")
-    assert status == 0 and len(said.splitlines()) == 2
-    assert [len(fold["train_users"]) for fold in result(home, "short-probe-u3")["folds"]] == [3] * 5
-    assert set(result(home, "short-probe-u3")["test_users"]) == {"p2", "p5", "p7"}
-    assert (home / "runs/a/finetune/short-label-users.png").exists()
-
-
-def test_a_split_by_window_happens_only_when_named_and_stands_beside_the_honest_score(home, command):
-    command("runs/a", "--data", "shakes")
-    assert result(home, "shakes-probe")["made_from"]["split"] == "user"
-    assert not list((home / "runs/a/finetune").glob("*-window*"))
-    status, said, warning = command("runs/a", "--data", "shakes", "--split", "window")
-    assert status == 0 and "shakes-probe: accuracy" in said and "shakes-probe-window: accuracy" in said
-    assert "not a result" in warning
-    leaky = result(home, "shakes-probe-window")["folds"][0]
-    assert set(leaky["train_users"]) & set(leaky["test_users"])
-
-
-@pytest.mark.parametrize("mode", ["random", "tune", "scratch"])
-def test_the_other_modes_learn_the_toy_and_leave_the_checkpoint_alone(home, command, mode):
-    checkpoint = (home / "runs/a/checkpoint.pt").read_bytes()
-    flags = {"random": [], "tune": ["--patience", 1], "scratch": ["--patience", 20, "--lr", 0.01]}[mode]
-    assert command("runs/a", "--data", "short", "--mode", mode, *flags)[0] == 0
-    found = result(home, f"short-{mode}")
-    assert found["macro_f1"] > 0.8 and (found["folds"][0]["epoch"] is None) == (mode == "random")
-    assert (home / "runs/a/checkpoint.pt").read_bytes() == checkpoint
+def test_an_exported_encoder_is_small_has_the_same_features_and_says_whom_it_saw(home, command):
+    make_run(home, "large", persons(home, "red"), width=64, depth=3, heads=4)
+    assert command("runs/large", "--export", "results/encoder")[0] == 0
+    folder = home / "results/encoder"
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.pt", "config.json"]
+    assert (folder / "checkpoint.pt").stat().st_size < 700_000
+    x = data.scaled(np.random.default_rng(0).standard_normal((5, 6, 200)), data.CHANNELS)
+    features, original = (in_batches(Encoder(load_run(run)[0]), x) for run in (
+        folder, home / "runs/large"))
+    assert features.shape == (5, 256) and torch.equal(features, original)
+    assert "pre-trained on 10 of 10" in command("results/encoder", "--data", "red")[2]
+    assert "holds a whole run" in command("runs/a", "--export", "runs/by-pool")[2]
 
 
 def test_what_cannot_be_used_is_refused_in_a_sentence(home, command):
-    make_run(home, "acc", sensors="acc")
-    make_run(home, "torn")
-    checkpoint = home / "runs/torn/checkpoint.pt"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
-    make_run(home, "other")
-    config = json.loads((home / "runs/other/config.json").read_text())
-    data.write_json(home / "runs/other/config.json", {**config, "model": {**SHAPE, "depth": 3}})
-    make_run(home, "garbled")
-    (home / "runs/garbled/config.json").write_text('{"model": ')
-    make_set(home, "unlabelled", labels=[-1] * 120)
-    make_set(home, "misnamed", labels=[3] + [0] * 119)
-    make_set(home, "rare", labels=[2] + [0, 1] * 59 + [0])
-    make_set(home, "alone", users=1)
-    make_set(home, "accelerometer", channels=3)
-    make_set(home, "instants", samples=4)
-    for word, *flags in [
-            ("--sensors acc", "runs/acc", "--data", "short"),
-            ("can be read", "runs/torn", "--data", "short"),
-            ("another architecture", "runs/other", "--data", "short"),
-            ("not a run", "runs/nowhere", "--data", "short"),
-            ("not prepared", "runs/a", "--data", "nowhere"),
-            ("no labels", "runs/a", "--data", "unlabelled"),
-            ("names of classes", "runs/a", "--data", "misnamed"),
-            ("'fast' can't be learned", "runs/a", "--data", "rare"),
-            ("too few", "runs/a", "--data", "alone"),
-            ("--sensors both", "runs/a", "--data", "accelerometer"),
-            ("4 samples", "runs/a", "--data", "instants"),
-            ("--label-users 8", "runs/a", "--data", "short", "--label-users", "2,8"),
-            ("--label-users 0", "runs/a", "--data", "short", "--label-users", 0),
-            ("--split window", "runs/a", "--data", "short", "--label-users", 2, "--split", "window"),
-            ("config.json is damaged", "runs/garbled", "--data", "short"),
-            ("--lr", "runs/a", "--data", "short", "--lr", "nan")]:
-        status, _, said = command(*flags)
-        assert status == 2 and word in said and len(said.splitlines()) == 1, (flags, said)
-    assert not (home / "runs/acc/finetune").exists() and not (home / "runs/a/finetune/short-probe-u2.json").exists()
+    make_run(home, "acc", sensors=1)
+    record(home, "silent", TEN[:5], labels=["", ""])
+    prepare(home, "silent", "unlabelled")
+    for words, *flags in [("--sensors acc", "runs/acc", "--data", "shakes", "--sensors", "gyro"),
+                          ("--sensors acc", "runs/acc", "--data", "shakes"),
+                          ("no labels", "runs/a", "--data", "unlabelled"),
+                          ("20 is more", "runs/a", "--data", "shakes", "--label-users", 20),
+                          ("not prepared", "runs/a", "--data", "nowhere")]:
+        status, _, error = command(*flags)
+        assert status == 2 and words in error and len(error.splitlines()) == 1, (flags, error)
+    assert command("runs/acc", "--data", "shakes", "--sensors", "acc")[0] == 0
