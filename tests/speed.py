@@ -1,148 +1,233 @@
 """
-What each trick of model.py and pretrain.py buys: a training step with it against one without, in paired rounds.
+How fast a model learns, and what makes its step fast.
 
-    python tests/speed.py                                             # a cell of the grid, one thread
-    python tests/speed.py --model 256x6x8 --batch 256 --patch 20 --samples 400 --threads 2 --only bf16
+    python tests/speed.py steps --model 128x4x4          # the time of a step without each trick
+    python tests/speed.py quality ours hugging-face:0.003 vit-pytorch:0.003 --seconds 400
+    python tests/speed.py draw                           # those curves: table and figure
 
-Each row undoes one trick; the ratio is the time without it over the time with it, the median over rounds.
+All times are CPU times of one thread. quality: the pool, all training users, models of 64x3x4; how
+much of the loss of held-out people is explained (1 - loss / baseline), and the time of data, masks
+and updates up to there. ours-0.5s has the peers' patches. A curve that exists already is left alone.
 """
 import os
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-import argparse, contextlib, ctypes, statistics, sys, time
+os.environ["OMP_NUM_THREADS"] = "1"
+import argparse, contextlib, copy, csv, ctypes, math, statistics, time
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+from contender import PEERS
 import model
-from pretrain import build_optimizers, keep_memory
+import pretrain
+from data import draw_windows, load, random_stream, training_users
+
+CURVES = Path("results/time_to_quality.csv")
+COLOURS = {"ours": "#0072B2", "ours-0.5s": "#56B4E9", "hugging-face": "#D55E00",
+           "vit-pytorch": "#009E73"}
+COLUMNS = ["contender", "lr", "budget", "step", "core_seconds", "explained"]
 
 
-# ---------------------------------------------------------------- the tricks, undone
-def attention(how):
-    def forward(self, x, context, turn_x, turn_context):
-        B, M, D = x.shape
-        q = self.query(x).view(B, M, self.heads, -1).transpose(1, 2)
-        k, v = self.key_value(context).view(B, -1, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        q, k = model.rotate(q, turn_x), model.rotate(k, turn_context)
-        if how == "library":
-            out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
-        elif how == "rows":
-            out = (q @ k.mT).softmax(-1, dtype=torch.float32) @ v
-        else:                                                    # the precision that autocast gives
-            out = (k @ q.mT).softmax(-2).mT @ v
-        return self.out(out.transpose(1, 2).reshape(B, M, D))
-    return patch.object(model.Attention, "forward", forward)
+def keep_memory(keep=True):
+    """Whether the C library keeps what is freed (glibc's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD)."""
+    for option in (-3, -1):
+        ctypes.CDLL(None).mallopt(option, 2 ** 30 if keep else 2 ** 17)
 
 
-def rotate_real(x, turn):
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * turn.real - b * turn.imag, a * turn.imag + b * turn.real], -1).flatten(-2).to(x.dtype)
+# ---------------------------------------------------------------- the step, without its tricks
+def library_attention(self, x, context, rotation_x, rotation_context):
+    q = model.rotate(self.split_heads(self.query(x)), rotation_x)
+    k, v = (self.split_heads(part) for part in self.key_value(context).chunk(2, dim=-1))
+    k = model.rotate(k, rotation_context)
+    return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-def gather(tokens, index):
-    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[2]))
+def rotate_halves(x, rotation):
+    (a, b), (cos, sin) = x.chunk(2, dim=-1), rotation
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
-def forward_all(encoder_too):
-    """Every token through the decoder's self-attention, as in the textbook; and, if so, through the encoder first."""
-    def forward(self, x, keep, masked, normalise=False):
-        tokens, steps = model.patchify(x, self.patch).flatten(1, 2), x.shape[2] // self.patch
-        order = torch.cat([keep, masked], 1)
-        picked = model.take(tokens, order if encoder_too else keep)
-        latents = self.to_decoder(self.encode(picked, order if encoder_too else keep, steps))[:, :keep.shape[1]]
-        blank = self.mask_token(masked // steps).to(latents.dtype)
-        y, turn = torch.cat([latents, blank], 1), self.decoder_turns[order % steps][:, None]
+def real_rotary(time, head_width, rotary=model.rotary):
+    rotation = rotary(time, head_width)
+    return rotation.real.contiguous(), rotation.imag.contiguous()
+
+
+def textbook(encode_all):
+    """Every token through the decoder's self-attention; and, if so, through the encoder before."""
+    def predictions(self, x, keep, masked):
+        patches, order = x.shape[2] // self.patch, torch.cat([keep, masked], 1)
+        index = order if encode_all else keep
+        tokens = model.select(model.patchify(x, self.patch).flatten(1, 2), index)
+        latents = self.to_decoder(self.encode(tokens, index, patches))[:, :keep.shape[1]]
+        y = torch.cat([latents, self.mask_token(masked // patches)], 1)
         for block in self.decoder:
-            y = block(y, turn)
-        return F.mse_loss(self.predict(self.decoder_norm(y)).float()[:, keep.shape[1]:], model.take(tokens, masked))
-    return patch.object(model.MAE, "forward", forward)
+            y = block(y, model.rotary(order % patches, self.decoder_head_width))
+        return self.predict(self.decoder_norm(y))[:, keep.shape[1]:]
+    return [patch.object(model.MAE, "predictions", predictions)]
 
 
-@contextlib.contextmanager
-def memory_returned():
-    libc = ctypes.CDLL(None)
-    libc.mallopt(-3, 1 << 17), libc.mallopt(-1, 1 << 17)         # glibc's own thresholds
-    yield
+def time_steps(a):
+    mae = model.MAE(*map(int, a.model.split("x")))
+    average, x = copy.deepcopy(mae), torch.randn(a.batch, 6, 200)
+    muon, adamw = pretrain.build_optimizers(mae, 1e-4, 0.05)
+    bf16_muon = torch.optim.Muon(muon.param_groups[0]["params"], 1e-4, weight_decay=0.05)
+    all_adamw = torch.optim.AdamW(mae.parameters(), 1e-4, (0.9, 0.95), weight_decay=0.05)
+    rows = {
+        "(nothing changed: the noise)": {},
+        "masked tokens as queries only -> self-attention of all": {"undo": textbook(False)},
+        "... and visible tokens encoded only -> all encoded": {"undo": textbook(True)},
+        "attention written out -> scaled_dot_product_attention": {"undo": [
+            patch.object(model.Attention, "forward", library_attention)]},
+        "rotation: complex product -> real halves": {"undo": [
+            patch.object(model, "rotary", real_rotary),
+            patch.object(model, "rotate", rotate_halves)]},
+        "GELU -> tanh GELU": {"undo": [
+            patch.object(F, "gelu", lambda x, gelu=F.gelu: gelu(x, approximate="tanh"))]},
+        "GELU -> ReLU": {"undo": [patch.object(F, "gelu", F.relu)]},
+        "all masked patches predicted -> half of them": {"predicted": 0.5},
+        "Muon, fp32, by shape -> torch.optim.Muon (bf16)": {"optimizers": [bf16_muon, adamw]},
+        "Muon -> AdamW for all": {"optimizers": [all_adamw]},
+        "freed memory kept -> given back": {"freed": True}}
+
+    def took(undo=(), optimizers=(muon, adamw), predicted=1, freed=False):
+        keep_memory(not freed)
+        with contextlib.ExitStack() as stack:
+            for change in undo:
+                stack.enter_context(change)
+            for n in range(6):                         # the first two warm up
+                began = began if n > 2 else time.process_time()
+                keep, masked = model.draw_masks(a.batch, 80, 0.75)
+                mae(x, keep, masked[:, :int(predicted * masked.shape[1])]).mean().backward()
+                for o in optimizers:
+                    o.step()
+                    o.zero_grad()
+                pretrain.update_average(average, mae, 100, 7)
+        return (time.process_time() - began) / 4
+
+    for name, change in rows.items():
+        pairs = [(took(), took(**change)) for _ in range(a.rounds)]
+        print(f"| {name} | {1000 * statistics.median(t for t, _ in pairs):.0f} ms | "
+              f"{statistics.median(without / full for full, without in pairs):.2f} |", flush=True)
+
+
+# ---------------------------------------------------------------- time to quality
+def our_run(flags, lr, prepared, rows, held):
+    """(update, evaluate): the loop of pretrain.py, and the loss of its averaged weights."""
+    mae = model.MAE(64, 3, 4, flags["patch"])
+    average = copy.deepcopy(mae)
+    optimizers = pretrain.build_optimizers(mae, lr or flags["lr"], flags["weight_decay"])
     keep_memory()
 
+    def update(step, progress):
+        for o in optimizers:
+            share = pretrain.schedule(step, flags["tau"], flags["decay"])
+            o.param_groups[0]["lr"] = o.defaults["lr"] * share
+        mae(*pretrain.batch_at(step, prepared, rows, flags)).mean().backward()
+        for o in optimizers:
+            o.step()
+            o.zero_grad()
+        pretrain.update_average(average, mae, step + 1, flags["average"])
+    return update, lambda: pretrain.evaluate(average, held).mean()
 
-TRICKS = {
-    "masked tokens are only queries": lambda: forward_all(False),
-    "... and only visible ones are encoded": lambda: forward_all(True),
-    "attention written out (library: SDPA)": lambda: attention("library"),
-    "softmax down columns (along rows)": lambda: attention("rows"),
-    "softmax in fp32 (in autocast's)": lambda: attention("autocast"),
-    "one complex product (four real)": lambda: patch.object(model, "rotate", rotate_real),
-    "tokens picked by rows (torch.gather)": lambda: patch.object(model, "take", gather),
-    "freed memory kept (given back)": memory_returned,
-}
+
+def peer_run(peer, flags, lr, prepared, rows, held):
+    """The same for a peer: AdamW, warm-up, cosine to zero."""
+    weights = [p for p in peer.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr, (0.9, 0.95), weight_decay=0.05)
+
+    def update(step, progress):
+        cosine = 0.5 + 0.5 * math.cos(math.pi * min(1, progress))
+        optimizer.param_groups[0]["lr"] = lr * min(1, progress / 0.05) * cosine
+        drawn = random_stream(0, "batch", step).integers(len(rows), size=flags["batch"])
+        peer(torch.from_numpy(pretrain.windows_at(prepared, rows[drawn], "both"))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    @torch.no_grad()
+    def evaluate():                                    # the same masks each time
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            people = [held.x[held.person == person] for person in range(len(held.people))]
+            return statistics.mean(peer(x).item() for x in people)
+    return update, evaluate
 
 
-# ---------------------------------------------------------------- the clock
-def step(mae, optimizers, x, sensors, steps, precision):
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        loss = mae(x, *model.draw_masks(len(x), sensors, steps, 0.75))
-    loss.backward()
-    for o in optimizers:
-        o.step()
-        o.zero_grad()
+def curve(name, lr, seconds):
+    """Train for so many CPU seconds. Yields a row of the table at each evaluation."""
+    prepared = load("pool")
+    flags = vars(pretrain.build_parser().parse_args(["--patch", "5" if name == "ours" else "10"]))
+    rows = draw_windows(prepared, training_users(prepared.meta, 0), None, 0)
+    held = pretrain.held_out(prepared, flags)
+    plain = model.MAE(64, 3, 4, flags["patch"])
+    baseline = pretrain.evaluate(lambda *batch: model.baseline_loss(plain, *batch), held).mean()
+    torch.manual_seed(0)
+    setting = flags, lr, prepared, rows, held
+    ours = name.startswith("ours")
+    update, evaluate = our_run(*setting) if ours else peer_run(PEERS[name](64, 3, 4), *setting)
+    step, spent = 0, 0.0
+    while spent < seconds:
+        began = time.process_time()
+        update(step, spent / seconds)
+        step, spent = step + 1, spent + time.process_time() - began
+        if pretrain.is_evaluated(step) or spent >= seconds:
+            yield [step, round(spent, 2), round(1 - evaluate() / baseline, 5)]
+
+
+def measure_curves(a):
+    for contender in a.contenders:
+        name, _, lr = contender.partition(":")
+        setting = [name, lr, f"{a.seconds:g}"]
+        if CURVES.exists() and setting in [line[:3] for line in csv.reader(CURVES.open())]:
+            continue
+        lines = []
+        for line in curve(name, float(lr or 0), a.seconds):
+            lines.append(setting + line)
+            print(*lines[-1], flush=True)
+        with CURVES.open("a", newline="") as file:
+            heading = [] if file.tell() else [COLUMNS]
+            csv.writer(file).writerows(heading + lines)
+
+
+def draw():
+    """Table and figure of the curves: the best learning rate of each, the others faint."""
+    from matplotlib import pyplot as plt
+    curves = {}
+    for line in csv.DictReader(CURVES.open()):
+        points = curves.setdefault((line["contender"], line["lr"], line["budget"]), [])
+        points.append((float(line["core_seconds"]), 100 * float(line["explained"])))
+    fig, ax = plt.subplots(figsize=(8, 5), layout="constrained")
+    print("| | learning rate | core-seconds to 20 % | to 28 % | explained, after core-seconds |\n"
+          "|---|---|---|---|---|")
+    for (name, lr, budget), points in curves.items():
+        first = [next((f"{t:.0f}" for t, y in points if y >= level), "-") for level in (20, 28)]
+        last_time, last = points[-1]
+        print(f"| {name} | {lr} | {first[0]} | {first[1]} | {last:.1f} %, {last_time:.0f} |")
+        best = last == max(end[-1][1] for key, end in curves.items() if key[0] == name)
+        colour = COLOURS[name]
+        ax.plot(*zip(*points), color=colour, lw=2 if best else 0.7, alpha=1 if best else 0.5)
+        if best:
+            ax.annotate(f" {name}", points[-1], color=colour, va="center")
+    for level in (20, 28):
+        ax.axhline(level, color="0.8", lw=0.8, zorder=0)
+    ax.set(xscale="log", xlim=(2, 1500), ylim=(-5, None), xlabel="core-seconds of training",
+           ylabel="held-out variance explained (%)")
+    ax.spines[["top", "right"]].set_visible(False)
+    fig.savefig(CURVES.with_suffix(".png"), dpi=120)
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", default="64x3x4", help="width x depth x heads (default: %(default)s)")
-    p.add_argument("--batch", type=int, default=64, help="windows a step (default: %(default)s)")
-    p.add_argument("--patch", type=int, default=5, help="samples a token (default: %(default)s)")
-    p.add_argument("--samples", type=int, default=200, help="samples a window (default: %(default)s)")
-    p.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
-    p.add_argument("--rounds", type=int, default=9, help="paired rounds (default: %(default)s)")
-    p.add_argument("--only", choices=["fp32", "bf16"], help="one precision (default: both)")
-    p.add_argument("--compile", action="store_true", help="torch.compile as one more row")
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("what", choices=["steps", "quality", "draw"])
+    p.add_argument("contenders", nargs="*", help="ours, ours-0.5s, or a peer:learning rate")
+    p.add_argument("--seconds", type=float, default=400, help="CPU seconds of each curve")
+    p.add_argument("--model", default="64x3x4", help="steps: width x depth x heads")
+    p.add_argument("--batch", type=int, default=64, help="steps: windows in a step")
+    p.add_argument("--rounds", type=int, default=9, help="steps: paired rounds, for a median")
     a = p.parse_args()
-    torch.set_num_threads(a.threads)
-    keep_memory()
-    width, depth, heads = map(int, a.model.split("x"))
-    steps, x = a.samples // a.patch, torch.randn(a.batch, 6, a.samples)
-    plain = model.MAE(width, depth, heads, a.patch, steps=steps)
-    optimizers = {name: build_optimizers(plain, name, 1e-3, 0.05) for name in ("muon", "adamw")}
-
-    def took(mae=plain, precision="fp32", optimizer="muon", least=0.3):
-        began, n = time.perf_counter(), 0
-        while time.perf_counter() - began < least or n < 3:
-            step(mae, optimizers[optimizer], x, 2, steps, precision)
-            n += 1
-        return (time.perf_counter() - began) / n
-
-    def ratio(undone, **settings):
-        """Median over rounds of the time with `undone` over the time before it."""
-        with undone():
-            took(**settings)
-        rounds = []
-        for _ in range(a.rounds):
-            before = took(**{"precision": settings.get("precision", "fp32")})
-            with undone():
-                rounds.append(took(**settings) / before)
-        return statistics.median(rounds)
-
-    print(f"{a.model}, {a.batch} windows of {a.samples} samples, patch {a.patch}, {a.threads} thread(s), Muon")
-    for precision in [a.only] if a.only else ["fp32", "bf16"]:
-        windows = a.batch / min(took(precision=precision) for _ in range(5))
-        print(f"\n| trick ({precision}: {windows:,.0f} windows/s) | gains |\n|---|---|")
-        for name, undone in TRICKS.items():
-            print(f"| {name} | {ratio(undone, precision=precision):.2f} x |", flush=True)
-        nothing = contextlib.nullcontext
-        print(f"| nothing changed (the noise) | {ratio(nothing, precision=precision):.2f} x |")
-        adamw = 1 / ratio(nothing, precision=precision, optimizer="adamw")
-        print(f"| AdamW for all, cheaper than Muon | {adamw:.2f} x |")
-        if a.compile:
-            compiled = torch.compile(plain)
-            print(f"| torch.compile | {1 / ratio(nothing, mae=compiled, precision=precision):.2f} x |")
-    if not a.only:
-        both = [took(precision="fp32") / took(precision="bf16") for _ in range(a.rounds)]
-        print(f"\nbf16 against fp32: {statistics.median(both):.2f} x")
+    torch.set_num_threads(1)
+    {"steps": time_steps, "quality": measure_curves, "draw": lambda a: draw()}[a.what](a)
 
 
 if __name__ == "__main__":
