@@ -29,17 +29,17 @@ import numpy as np
 import torch
 import torch.nn as nn
 from matplotlib.figure import Figure
+from scipy.optimize import minimize
 
 from data import (UserError, command, held_out_users, load, people, provenance, random_rotation,
                   random_stream, replacing, write_json)
 from model import MAE
-from pretrain import choose_device, load_run, number, windows_at
+from pretrain import choose_device, load_checkpoint, number, read_config, windows_at
 
 PENALTIES = [3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5]   # L2, strongest first
 LEARNING_RATE = {"tune": 3e-4, "scratch": 1e-3}
 COLOURS = {"probe": "#0072B2", "tune": "#009E73", "scratch": "#D55E00", "random": "#777777"}
 Probe = namedtuple("Probe", "weights mean sd l2")      # weights (F + 1, K), mean and sd (F,)
-
 
 # ---------------------------------------------------------------- who trains and who is tested
 def split_rows(rows, groups, chosen):
@@ -47,12 +47,10 @@ def split_rows(rows, groups, chosen):
     inside = np.isin(groups[rows], chosen)
     return rows[~inside], rows[inside]
 
-
 def five_folds(rows, users, tested, name):
     """[(train, test), ...]: the rows split 5 times, each of the users `tested` in one test."""
     order = random_stream(name).permutation(np.intersect1d(users[rows], tested))
     return [split_rows(rows, users, order[k::5]) for k in range(min(5, len(order)))]
-
 
 def user_folds(meta, users, trained_on, validation=False):
     """Which windows train and which test: [(train, test), ...], indices into users (n,). No user
@@ -76,7 +74,6 @@ def user_folds(meta, users, trained_on, validation=False):
                         f"{len(seen)} of {len(everyone)}; take another set or run")
     return folds
 
-
 def few_users(folds, users, count):
     """The folds with `count` training users, fewer among more; a single fold is drawn 5 times."""
     few = []
@@ -87,15 +84,24 @@ def few_users(folds, users, count):
         few.append((split_rows(train, users, order[:count])[1], test))
     return few
 
-
 def split_validation(train, groups):
     """Training rows -> (fit, validation): validation is a fifth of the groups, one at least."""
     if len(np.unique(groups[train])) == 1:             # a single user: a fifth of the windows
         groups = np.arange(len(groups))
     return five_folds(train, groups, groups, "validation users")[0]
 
-
 # ---------------------------------------------------------------- features
+def load_run(run):
+    """A pre-trained model with the weights of its best step, and its config. Raises UserError."""
+    config = read_config(run)
+    try:
+        model = MAE(**config["model"])
+        model.load_state_dict(load_checkpoint(Path(run))["best"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{run} has no weights that fit its config.json and this model.py: let "
+                        f"pretrain.py finish it ({error!r:.99})") from None
+    return model.eval(), config
+
 class Encoder(nn.Module):
     """Scaled windows (B, C, T) -> features (B, F): the mean over time of the latents of each
     sensor, and their deviation. sensors: the numbers of the model's sensors, all by default."""
@@ -109,12 +115,10 @@ class Encoder(nn.Module):
         deviation = (latents.var(2, correction=0) + 1e-5).sqrt()               # (B, S, D)
         return torch.cat([latents.mean(2), deviation], dim=1).flatten(1)
 
-
 @torch.no_grad()
 def in_batches(net, x):
     """net(x) for an array or a tensor x (n, C, T), 64 windows at a time: (n, ...), on the CPU."""
     return torch.cat([net(part).cpu() for part in torch.as_tensor(x).split(64)])
-
 
 # ---------------------------------------------------------------- a probe: fit and predict
 def logistic_regression(x, y, l2, start, tolerance):
@@ -127,21 +131,21 @@ def logistic_regression(x, y, l2, start, tolerance):
     loss there (about 0.3 variance + l2): the same minimum in half the steps."""
     variance, axes = torch.linalg.eigh(x.mT @ x / len(x))
     axes = axes * (0.3 * variance.clamp(min=0) + l2).rsqrt()                   # (F, F)
-    z, v = x @ axes, torch.cat([torch.linalg.solve(axes, start[:-1]), start[-1:]])
-    optimizer = torch.optim.LBFGS(
-        [v.requires_grad_()], max_iter=5000, history_size=20, tolerance_grad=tolerance,
-        tolerance_change=0, line_search_fn="strong_wolfe")
+    z, truth = x @ axes, nn.functional.one_hot(y, start.shape[1]).to(x.dtype)
 
-    def loss():
-        optimizer.zero_grad()
-        value = nn.functional.cross_entropy(z @ v[:-1] + v[-1], y)
-        value = value + l2 / 2 * (axes @ v[:-1]).square().sum()
-        value.backward()
-        return value
+    def loss(flat):
+        v = torch.from_numpy(flat).to(x.dtype).view_as(start)
+        log_p, w = (z @ v[:-1] + v[-1]).log_softmax(1), axes @ v[:-1]
+        error = (log_p.exp() - truth) / len(y)                                 # by the logits
+        value = -(log_p * truth).sum() / len(y) + l2 / 2 * w.square().sum()
+        slopes = torch.cat([z.mT @ error + l2 * axes.mT @ w, error.sum(0, keepdim=True)])
+        return value.item(), slopes.double().numpy().ravel()
 
-    optimizer.step(loss)
-    return torch.cat([axes @ v[:-1], v[-1:]]).detach()
-
+    v = torch.cat([torch.linalg.solve(axes, start[:-1]), start[-1:]])
+    options = {"maxiter": 5000, "maxcor": 20, "gtol": tolerance, "ftol": 0}
+    best = minimize(loss, v.double().ravel(), method="L-BFGS-B", jac=True, options=options).x
+    v = torch.from_numpy(best).to(x.dtype).view_as(start)
+    return torch.cat([axes @ v[:-1], v[-1:]])
 
 def fit_probe(x, y, classes, fit, validation, final):
     """Features x (n, F), y (n,) and three sets of rows -> Probe. Each penalty is tried on the rows
@@ -160,11 +164,9 @@ def fit_probe(x, y, classes, fit, validation, final):
     best = probes[np.argmax(val_f1)]
     return fit_rows(final, best.l2, best.weights, tolerance=5e-5)
 
-
 def predict(probe, x):
     """Features x (n, F) -> predicted classes (n,)."""
     return ((x - probe.mean) / probe.sd @ probe.weights[:-1] + probe.weights[-1]).argmax(1)
-
 
 # ---------------------------------------------------------------- encoder and head together
 def train_network(encoder, probe, x, y, classes, fit, validation, a):
@@ -203,12 +205,10 @@ def train_network(encoder, probe, x, y, classes, fit, validation, a):
             best, best_f1, best_epoch = copy.deepcopy(average), val_f1, epoch
     return best, best_epoch
 
-
 # ---------------------------------------------------------------- scores
 def confusion(truth, predicted, classes):
     """Counts (K, K): rows are the true classes, columns the predicted ones."""
     return torch.bincount(truth * classes + predicted, minlength=classes ** 2).view(classes, -1)
-
 
 def scores(counts):
     """Accuracy, F1 of each class (None if it is neither present nor predicted), and their mean."""
@@ -217,7 +217,6 @@ def scores(counts):
     return {"accuracy": (counts.trace() / counts.sum()).item(), "per_class_f1": f1,
             "macro_f1": float(np.mean([value for value in f1 if value is not None])),
             "confusion": counts.tolist()}
-
 
 def summarise(folds):
     """What a result holds: means and deviations over folds, F1 of each class over all of them."""
@@ -231,7 +230,6 @@ def summarise(folds):
         result[key + "_sd"] = float(np.std(values, ddof=1)) if len(folds) > 1 else 0.0
     return result
 
-
 def print_result(name, results):
     """Print the scores, and the gain over other modes on the same folds with its standard error."""
     this, folds = results[name], len(results[name]["folds"])
@@ -243,7 +241,6 @@ def print_result(name, results):
             gain = [fold["macro_f1"] - paired["macro_f1"] for fold, paired in pairs]
             print(f"  {np.mean(gain):+.4f} on {other['mode']}, paired by fold, standard error "
                   f"{np.std(gain, ddof=1) / folds ** 0.5:.4f}")
-
 
 # ---------------------------------------------------------------- figures
 def draw_confusion(path, result):
@@ -261,7 +258,6 @@ def draw_confusion(path, result):
     with replacing(path) as temporary:
         fig.savefig(temporary, dpi=150)
 
-
 def draw_label_curves(path, results):
     """Macro-F1 against labelled users: a panel for each data set, a line for each mode."""
     names = sorted({result["data"] for result in results if result["input"][3]})
@@ -278,7 +274,6 @@ def draw_label_curves(path, results):
         axes.legend()
     with replacing(path) as temporary:
         fig.savefig(temporary, dpi=150)
-
 
 # ---------------------------------------------------------------- the command
 def parse_flags():
@@ -300,7 +295,6 @@ def parse_flags():
     flag("--export", metavar="DIR", help="write the encoder alone, as a small run folder, and end")
     return p.parse_args()
 
-
 def export(model, config, folder):
     """Write a run folder with the encoder alone: without decoder blocks, which no probe needs."""
     if (folder / "metrics.jsonl").exists():
@@ -310,7 +304,6 @@ def export(model, config, folder):
         torch.save({"best": weights}, file)
     write_json(folder / "config.json", {**config, "model": {**config["model"], "decoder_depth": 0},
                                         "provenance": provenance()})
-
 
 def main():
     a = parse_flags()
@@ -374,7 +367,6 @@ def main():
         curves = [r for r in results.values() if r["input"][:2] == this["input"][:2] and
                   r["input"][3] in ("", f"-u{len(r['folds'][0]['train_users'])}")]
         draw_label_curves(folder / f"label-users{tail}.png", curves)
-
 
 if __name__ == "__main__":
     command(main)

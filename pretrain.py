@@ -55,8 +55,7 @@ def batch_at(step, prepared, rows, flags):
 
 def held_out(prepared, flags, device="cpu"):
     """The evaluation, the same for every cell: windows x (n, C, T) of people who are never trained
-    on, and their masks; person (n,): whose window it is, an index into people, (source, user) of
-    each; half (people,): 0 or 1, see `cross_fitted`."""
+    on, their masks, person (n,): an index into people, and half (people,), see `cross_fitted`."""
     halves = held_out_users(prepared.meta)
     users = halves[0] + halves[1]
     rows = held_out_windows(prepared, users, most=32)
@@ -186,23 +185,11 @@ def read_config(run):
             return config
     raise UserError(f"{run} is not a run of pretrain.py: it has no config.json, or a damaged one")
 
-def load_run(run):
-    """A pre-trained model with the weights of its best step, and its config. Raises UserError."""
-    config = read_config(run)
-    try:
-        model = MAE(**config["model"])
-        model.load_state_dict(load_checkpoint(Path(run))["best"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"{run} has no weights that fit its config.json and this model.py: let "
-                        f"pretrain.py finish it ({error!r:.99})") from None
-    return model.eval(), config
-
 def check_same_run(run, config, defaults, done):
     """Raise UserError if another command made `run`. A flag that an old run doesn't name had its
     default; --steps and --patience may be raised."""
-    old = read_config(run)
-    before = {**defaults, **old["flags"], "fingerprint": old["fingerprint"]}
-    now = {**config["flags"], "fingerprint": config["fingerprint"]}
+    before, now = ({**defaults, **each["flags"], "fingerprint": each["fingerprint"]}
+                   for each in (read_config(run), config))
     allowed = {"steps": now["steps"] >= done,
                "patience": (now["patience"] or 1) >= (before["patience"] or 1)}      # 0: no end
     changed = [f"{key} {before.get(key)} -> {now.get(key)}" for key in before | now

@@ -10,9 +10,8 @@ import torch
 
 import data
 import finetune
-from finetune import Encoder, in_batches
+from finetune import Encoder, in_batches, load_run
 from model import MAE
-from pretrain import load_run
 
 CODE = Path(finetune.__file__).parent
 CLASSES = ["fast", "slow", "still"]

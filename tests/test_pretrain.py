@@ -10,6 +10,7 @@ import torch
 
 import data
 import pretrain
+from finetune import load_run
 from model import MAE
 
 CODE = Path(pretrain.__file__).parent
@@ -135,7 +136,7 @@ def test_a_cell_leaves_what_it_was_and_what_it_got(home):
     held_out = {(p["source"], p["user"]) for p in people}
     assert len(config["trained_on"]) == 4 and not held_out & set(map(tuple, config["trained_on"]))
     assert (home / "runs/a/reconstruction.png").stat().st_size > 10_000
-    model, _ = pretrain.load_run(home / "runs/a")
+    model, _ = load_run(home / "runs/a")
     assert isinstance(model, MAE)
 
 
