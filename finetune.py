@@ -36,7 +36,7 @@ from data import (UserError, command, held_out_users, load, people, provenance, 
 from model import MAE
 from pretrain import choose_device, load_checkpoint, number, read_config, windows_at
 
-PENALTIES = [3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5]   # L2, strongest first
+PENALTIES = [3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4]            # L2, strongest first
 LEARNING_RATE = {"tune": 3e-4, "scratch": 1e-3}
 COLOURS = {"probe": "#0072B2", "tune": "#009E73", "scratch": "#D55E00", "random": "#777777"}
 Probe = namedtuple("Probe", "weights mean sd l2")      # weights (F + 1, K), mean and sd (F,)
