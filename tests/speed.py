@@ -11,7 +11,7 @@ and updates up to there. ours-0.5s has the peers' patches. A curve that exists a
 """
 import os
 os.environ["OMP_NUM_THREADS"] = "1"
-import argparse, contextlib, copy, csv, ctypes, math, statistics, time
+import argparse, copy, csv, ctypes, math, statistics, time
 from pathlib import Path
 from unittest.mock import patch
 
@@ -36,37 +36,6 @@ def keep_memory(keep=True):
 
 
 # ---------------------------------------------------------------- the step, without its tricks
-def library_attention(self, x, context, rotation_x, rotation_context):
-    q = model.rotate(self.split_heads(self.query(x)), rotation_x)
-    k, v = (self.split_heads(part) for part in self.key_value(context).chunk(2, dim=-1))
-    k = model.rotate(k, rotation_context)
-    return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-def rotate_halves(x, rotation):
-    (a, b), (cos, sin) = x.chunk(2, dim=-1), rotation
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
-
-
-def real_rotary(time, head_width, rotary=model.rotary):
-    rotation = rotary(time, head_width)
-    return rotation.real.contiguous(), rotation.imag.contiguous()
-
-
-def textbook(encode_all):
-    """Every token through the decoder's self-attention; and, if so, through the encoder before."""
-    def predictions(self, x, keep, masked):
-        patches, order = x.shape[2] // self.patch, torch.cat([keep, masked], 1)
-        index = order if encode_all else keep
-        tokens = model.select(model.patchify(x, self.patch).flatten(1, 2), index)
-        latents = self.to_decoder(self.encode(tokens, index, patches))[:, :keep.shape[1]]
-        y = torch.cat([latents, self.mask_token(masked // patches)], 1)
-        for block in self.decoder:
-            y = block(y, model.rotary(order % patches, self.decoder_head_width))
-        return self.predict(self.decoder_norm(y))[:, keep.shape[1]:]
-    return [patch.object(model.MAE, "predictions", predictions)]
-
-
 def time_steps(a):
     mae = model.MAE(*map(int, a.model.split("x")))
     average, x = copy.deepcopy(mae), torch.randn(a.batch, 6, 200)
@@ -75,26 +44,15 @@ def time_steps(a):
     all_adamw = torch.optim.AdamW(mae.parameters(), 1e-4, (0.9, 0.95), weight_decay=0.05)
     rows = {
         "(nothing changed: the noise)": {},
-        "masked tokens as queries only -> self-attention of all": {"undo": textbook(False)},
-        "... and visible tokens encoded only -> all encoded": {"undo": textbook(True)},
-        "attention written out -> scaled_dot_product_attention": {"undo": [
-            patch.object(model.Attention, "forward", library_attention)]},
-        "rotation: complex product -> real halves": {"undo": [
-            patch.object(model, "rotary", real_rotary),
-            patch.object(model, "rotate", rotate_halves)]},
-        "GELU -> tanh GELU": {"undo": [
-            patch.object(F, "gelu", lambda x, gelu=F.gelu: gelu(x, approximate="tanh"))]},
-        "GELU -> ReLU": {"undo": [patch.object(F, "gelu", F.relu)]},
+        "GELU -> ReLU": {"gelu": F.relu},
         "all masked patches predicted -> half of them": {"predicted": 0.5},
         "Muon, fp32, by shape -> torch.optim.Muon (bf16)": {"optimizers": [bf16_muon, adamw]},
         "Muon -> AdamW for all": {"optimizers": [all_adamw]},
         "freed memory kept -> given back": {"freed": True}}
 
-    def took(undo=(), optimizers=(muon, adamw), predicted=1, freed=False):
+    def took(gelu=F.gelu, optimizers=(muon, adamw), predicted=1, freed=False):
         keep_memory(not freed)
-        with contextlib.ExitStack() as stack:
-            for change in undo:
-                stack.enter_context(change)
+        with patch.object(F, "gelu", gelu):
             for n in range(6):                         # the first two warm up
                 began = began if n > 2 else time.process_time()
                 keep, masked = model.draw_masks(a.batch, 80, 0.75)
