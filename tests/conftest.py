@@ -7,16 +7,13 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))            # so that `pytest` alone finds the modules, too
 
-
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; run by hand with -m slow")
-
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
         if "slow" in item.keywords and "slow" not in config.getoption("-m"):
             item.add_marker(pytest.mark.skip(reason="takes minutes: python -m pytest -m slow"))
-
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and so would every program that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

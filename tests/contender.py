@@ -7,7 +7,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from model import MAE, draw_masks, forward_flops
 
-
 class Contender(torch.nn.Module):
     """This model, for an outside benchmark of windows of 400 samples, 20 in a patch."""
 
@@ -19,14 +18,11 @@ class Contender(torch.nn.Module):
     def forward(self, x):
         return self.mae(x, *draw_masks(len(x), 2 * x.shape[2] // self.mae.patch, 0.75)).mean()
 
-
 build = Contender
-
 
 def as_image(x):
     """(B, 6, T) -> (B, 3, 2, T): a sensor is a row of pixels, its axes are the colours."""
     return x.unflatten(1, (2, 3)).transpose(1, 2)
-
 
 def sin_cos(patches, width):
     """Fixed positions, (1, 1 + 2 x patches, width): zeros for the class token; half of the features
@@ -36,7 +32,6 @@ def sin_cos(patches, width):
     angles = [position.flatten()[:, None] * frequencies for position in (sensor, time)]
     table = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], 1)
     return torch.nn.Parameter(torch.cat([torch.zeros(1, width), table])[None], requires_grad=False)
-
 
 class HuggingFace(torch.nn.Module):
     """The textbook masked autoencoder, transformers.ViTMAEForPreTraining. It takes square images:
@@ -63,7 +58,6 @@ class HuggingFace(torch.nn.Module):
     def forward(self, x):
         return self.mae(as_image(x)).loss
 
-
 class VitPytorch(torch.nn.Module):
     """vit_pytorch.mae.MAE: learned positions, patches normalised before they are embedded."""
 
@@ -78,6 +72,5 @@ class VitPytorch(torch.nn.Module):
 
     def forward(self, x):
         return self.mae(as_image(x))
-
 
 PEERS = {"hugging-face": HuggingFace, "vit-pytorch": VitPytorch}

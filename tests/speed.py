@@ -28,12 +28,10 @@ COLOURS = {"ours": "#0072B2", "ours-0.5s": "#56B4E9", "hugging-face": "#D55E00",
            "vit-pytorch": "#009E73"}
 COLUMNS = ["contender", "lr", "budget", "step", "core_seconds", "explained"]
 
-
 def keep_memory(keep=True):
     """Whether the C library keeps what is freed (glibc's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD)."""
     for option in (-3, -1):
         ctypes.CDLL(None).mallopt(option, 2 ** 30 if keep else 2 ** 17)
-
 
 # ---------------------------------------------------------------- the step, without its tricks
 def time_steps(a):
@@ -68,7 +66,6 @@ def time_steps(a):
         print(f"| {name} | {1000 * statistics.median(t for t, _ in pairs):.0f} ms | "
               f"{statistics.median(without / full for full, without in pairs):.2f} |", flush=True)
 
-
 # ---------------------------------------------------------------- time to quality
 def our_run(flags, lr, prepared, rows, held):
     """(update, evaluate): the loop of pretrain.py, and the loss of its averaged weights."""
@@ -87,7 +84,6 @@ def our_run(flags, lr, prepared, rows, held):
             o.zero_grad()
         pretrain.update_average(average, mae, step + 1, flags["average"])
     return update, lambda: pretrain.evaluate(average, held).mean()
-
 
 def peer_run(peer, flags, lr, prepared, rows, held):
     """The same for a peer: AdamW, warm-up, cosine to zero."""
@@ -110,7 +106,6 @@ def peer_run(peer, flags, lr, prepared, rows, held):
             return statistics.mean(peer(x).item() for x in people)
     return update, evaluate
 
-
 def curve(name, lr, seconds):
     """Train for so many CPU seconds. Yields a row of the table at each evaluation."""
     prepared = load("pool")
@@ -131,7 +126,6 @@ def curve(name, lr, seconds):
         if pretrain.is_evaluated(step) or spent >= seconds:
             yield [step, round(spent, 2), round(1 - evaluate() / baseline, 5)]
 
-
 def measure_curves(a):
     for contender in a.contenders:
         name, _, lr = contender.partition(":")
@@ -145,7 +139,6 @@ def measure_curves(a):
         with CURVES.open("a", newline="") as file:
             heading = [] if file.tell() else [COLUMNS]
             csv.writer(file).writerows(heading + lines)
-
 
 def draw():
     """Table and figure of the curves: the best learning rate of each, the others faint."""
@@ -173,7 +166,6 @@ def draw():
     ax.spines[["top", "right"]].set_visible(False)
     fig.savefig(CURVES.with_suffix(".png"), dpi=120)
 
-
 def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -186,7 +178,6 @@ def main():
     a = p.parse_args()
     torch.set_num_threads(1)
     {"steps": time_steps, "quality": measure_curves, "draw": lambda a: draw()}[a.what](a)
-
 
 if __name__ == "__main__":
     main()

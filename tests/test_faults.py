@@ -20,18 +20,15 @@ CODE, PYTHON = Path(__file__).parent.parent, sys.executable
 ENVIRONMENT = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
 ENVIRONMENT |= {"PYTHON": PYTHON, "OMP_NUM_THREADS": "1"}
 
-
 def begin(home, *words, **variables):
     """Start a command in a session of its own; all that it prints is one text."""
     return subprocess.Popen(
         words, cwd=home, env={**ENVIRONMENT, **variables}, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
-
 def finish(process):
     output = process.communicate(timeout=900)[0]
     return process.returncode, output
-
 
 def wait_for(condition, seconds=60):
     end = time.monotonic() + seconds
@@ -39,13 +36,11 @@ def wait_for(condition, seconds=60):
         time.sleep(0.05)
     return condition()
 
-
 # ---------------------------------------------------------------- one run
 def pretrain(home, out, *before):
     flags = ["--width", "8", "--depth", "1", "--heads", "2", "--patch", "20", "--batch", "16",
              "--precision", "fp32", "--threads", "1", "--patience", "0", "--steps", "150"]
     return begin(home, *before, PYTHON, CODE / "pretrain.py", *flags, "--out", f"runs/{out}")
-
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
@@ -54,7 +49,6 @@ def home(tmp_path_factory):
     words = [CODE / "data.py", "simulated", "--users", "8", "--hours-per-user", "0.05"]
     subprocess.run([PYTHON, *words], cwd=home, check=True)
     return home
-
 
 @pytest.fixture(scope="module")
 def runs(home):
@@ -74,7 +68,6 @@ def runs(home):
     assert [finish(process)[0] for process in (pretrain(home, "cut"), whole)] == [0, 0]
     return home / "runs"
 
-
 def outcome(run):
     """Everything that must not depend on what happened on the way."""
     result = json.loads((run / "result.json").read_text())
@@ -85,11 +78,9 @@ def outcome(run):
     return result, history, {part: b"".join(x.numpy().tobytes() for x in state[part].values())
                              for part in ("model", "average", "best")}
 
-
 def test_a_run_cut_off_at_any_moment_resumes_bit_identically(runs):
     assert outcome(runs / "cut") == outcome(runs / "whole")
     assert not list((runs / "cut").glob(".*.tmp*")), "nothing half-written is left"
-
 
 def test_of_a_damaged_checkpoint_the_one_before_is_used(home, runs):
     state, before = (torch.load(runs / "middle" / name, weights_only=True)
@@ -103,7 +94,6 @@ def test_of_a_damaged_checkpoint_the_one_before_is_used(home, runs):
         status, output = finish(pretrain(home, name))
         assert status == 0 and f"resumes at step {before['step']}\n" in output
         assert outcome(runs / name) == outcome(runs / "whole")
-
 
 @pytest.mark.parametrize("fault, advice", [("no number", "lower --lr"), ("full disk", "too large")])
 def test_a_run_that_cannot_go_on_says_so_and_keeps_its_checkpoint(home, runs, fault, advice):
@@ -120,14 +110,12 @@ def test_a_run_that_cannot_go_on_says_so_and_keeps_its_checkpoint(home, runs, fa
     assert (run / "checkpoint.pt").read_bytes() == before and not (run / "result.json").exists()
     assert not list(run.glob(".*.tmp*")), "nothing half-written is left"
 
-
 def test_two_processes_get_the_losses_of_one(home, runs):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
     assert finish(pretrain(home, "two", PYTHON, *torchrun))[0] == 0
     one, two = ([person["loss"] for person in outcome(runs / name)[0]["people"]]
                 for name in ("whole", "two"))
     assert two == pytest.approx(one, rel=1e-3)
-
 
 # ---------------------------------------------------------------- a sweep, with stand-ins
 STAND_INS = {
@@ -166,7 +154,6 @@ GRID = dict(USERS="2 3 5", HOURS="0.1 0.2", MODELS="8x1x2", SEEDS="0", STEPS="60
             OUT="runs/my grid")
 CELLS = [f"u{users}-h{hours}-8x1x2-s0" for users in (2, 3, 5) for hours in (0.1, 0.2)]
 
-
 @pytest.fixture
 def place(tmp_path):
     (place := tmp_path / "a place").mkdir()
@@ -174,28 +161,22 @@ def place(tmp_path):
         (place / name).write_text(text)
     return Path(shutil.copy(CODE / "sweep.sh", place)).parent
 
-
 def sweep(place, *arguments, script="sweep.sh", **variables):
     return begin(place, "bash", script, *arguments, **{**GRID, **variables})
 
-
 def listed(place, **variables):
     return finish(sweep(place, "--list", **variables))[1].splitlines()[:-1]
-
 
 def losses(place):
     return {path.parent.name: json.loads(path.read_text())["loss"]
             for path in place.glob("runs/my grid/*/result.json")}
 
-
 def undisturbed(cells=CELLS, steps=60):
     """The losses of the stand-ins: each step counts, and counts once."""
     return {name: int(name[1]) + sum(range(steps)) for name in cells}
 
-
 def logs(place):
     return [path.read_text() for path in place.glob("runs/my grid/*/log.txt")]
-
 
 def kill(process, what, luck):
     """SIGKILL to a sweep and all it started, to sweep.sh alone, or to any one process of it."""
@@ -205,7 +186,6 @@ def kill(process, what, luck):
     time.sleep(0.5)
     process.terminate()
     finish(process)
-
 
 @pytest.mark.parametrize("what", ["all", "sweep.sh", "one"])
 def test_a_sweep_killed_at_random_moments_ends_with_the_undisturbed_losses(place, what):
@@ -217,7 +197,6 @@ def test_a_sweep_killed_at_random_moments_ends_with_the_undisturbed_losses(place
     status, output = finish(sweep(place))
     assert status == 0 and losses(place) == undisturbed(), output
     assert all(text.count("trained") <= 1 for text in logs(place)), "no cell was trained twice"
-
 
 @pytest.mark.slow
 def test_twenty_kills_of_the_real_sweep_then_two_sweeps_at_once(home, tmp_path):
@@ -234,7 +213,6 @@ def test_twenty_kills_of_the_real_sweep_then_two_sweeps_at_once(home, tmp_path):
         assert "not done" not in finish(process)[1]
     killed, alone = (losses(tmp_path / name) for name in ("killed", "alone"))
     assert killed == alone and len(alone) == 8
-
 
 @pytest.mark.parametrize("name", ["TERM", "INT", "HUP", "KILL", "USR1"])
 def test_the_cells_of_a_stopped_sweep_save_and_end(place, name):
@@ -254,13 +232,11 @@ def test_the_cells_of_a_stopped_sweep_save_and_end(place, name):
     assert name == "KILL" or "the same command resumes" in output
     assert ("scontrol requeue 7_2" in output) == (name == "USR1") and len(logs(place)) == cells
 
-
 def test_two_sweeps_at_once_share_the_cells(place):
     outputs = [finish(process) for process in [sweep(place), sweep(place)]]
     assert [status for status, _ in outputs] == [0, 0] and losses(place) == undisturbed(), outputs
     assert all(text.count("trained") == text.count("\nprobed") == 1 for text in logs(place))
     assert all(output.count("-s0: ") >= 2 for _, output in outputs), "each did some"
-
 
 def test_a_failed_cell_is_reported_and_only_that_one_is_repeated(place):
     grid = {"USERS": "2 99 3", "HOURS": "0.1"}
@@ -271,7 +247,6 @@ def test_a_failed_cell_is_reported_and_only_that_one_is_repeated(place):
     (place / "many").touch()                                       # what made it fail is gone
     assert finish(sweep(place, **grid))[0] == 0
     assert sorted(text.count("pretrain.py") for text in logs(place)) == [1, 1, 2]
-
 
 def test_a_result_is_never_taken_for_that_of_other_flags_steps_or_data(place):
     grid = {"USERS": "2", "HOURS": "0.1"}
@@ -284,7 +259,6 @@ def test_a_result_is_never_taken_for_that_of_other_flags_steps_or_data(place):
     (place / "data/simulated/meta.json").write_text('{"fingerprint": "beef"}')
     assert listed(place, **grid, STEPS="90")[0].startswith("to do ")
 
-
 def test_list_names_each_cell_with_commands_that_run_as_they_stand(place):
     lines = listed(place, USERS="5 2 all", HOURS="0.1 all", FLAGS="--batch 64")
     cheapest_first = ["u2-h0.1", "u5-h0.1", "uall-h0.1", "u2-hall", "u5-hall", "uall-hall"]
@@ -294,7 +268,6 @@ def test_list_names_each_cell_with_commands_that_run_as_they_stand(place):
     (probe := place / "runs/my grid/u2-h0.1-8x1x2-s0/probe.json").unlink()
     subprocess.run(["bash", "-c", listed(place)[0].split("s0  ", 1)[1]], cwd=place, check=True)
     assert probe.exists()
-
 
 @pytest.mark.parametrize("word, arguments, variables", [
     ("--lisst", ["--lisst"], {}), ("-2", [], {"USERS": "4 -2"}), ("64x3", [], {"MODELS": "64x3"}),

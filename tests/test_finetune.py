@@ -17,7 +17,6 @@ CODE = Path(finetune.__file__).parent
 CLASSES = ["fast", "slow", "still"]
 TEN, RED, BLUE = ([f"{name}{u}" for u in range(10)] for name in ("p", "red_", "blue_"))
 
-
 # ---------------------------------------------------------------- a small world
 def record(home, raw, users, labels=CLASSES):
     """raw/: a file a user, who does each activity for a minute, in a style of their own."""
@@ -30,11 +29,9 @@ def record(home, raw, users, labels=CLASSES):
         signal += 0.05 * rng.standard_normal(signal.shape)
         np.savez(home / raw / user, signal=signal, rate=20.0, label=np.repeat(labels, 1200))
 
-
 def prepare(home, raw, name):
     words = [sys.executable, CODE / "data.py", "folder", "--raw", raw, "--name", name]
     subprocess.run(words, cwd=home, check=True, capture_output=True)
-
 
 def make_run(home, name, trained_on=(("else", "where"),), seed=0, **shape):
     """runs/NAME/ as pretrain.py leaves it, with random weights, no block the identity."""
@@ -48,7 +45,6 @@ def make_run(home, name, trained_on=(("else", "where"),), seed=0, **shape):
         "flags": {"sensors": "both" if shape["sensors"] == 2 else "acc"}, "fingerprint": "-",
         "model": shape, "trained_on": sorted(map(list, trained_on))})
     torch.save({"best": model.state_dict()}, home / "runs" / name / "checkpoint.pt")
-
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
@@ -65,7 +61,6 @@ def home(tmp_path_factory):
     make_run(home, "a")
     return home
 
-
 @pytest.fixture
 def command(home, monkeypatch, capsys):
     """finetune.py as from the command line, in `home`: (exit status, stdout, stderr)."""
@@ -77,16 +72,13 @@ def command(home, monkeypatch, capsys):
         return status.value.code or 0, *capsys.readouterr()
     return call
 
-
 def result(home, name, run="a"):
     return json.loads((home / "runs" / run / "finetune" / f"{name}.json").read_text())
-
 
 def persons(home, name, users=None):
     """{(source, user), ...} of a set in the folder data/: all, or those with these names."""
     people = data.people(data.load(name, home / "data").meta)
     return {person for person in people if users is None or person[1] in users}
-
 
 # ---------------------------------------------------------------- who is tested
 @pytest.mark.parametrize("trained_by, tested_by", [
@@ -115,14 +107,12 @@ def test_nobody_is_tested_who_was_trained_on(home, command, trained_by, tested_b
         else:                                          # strangers: everyone, in one of five folds
             assert tested == persons(home, name) and len(folds) == 5
 
-
 def test_a_set_is_refused_in_a_sentence_if_no_user_is_left_to_test(home, command):
     make_run(home, "saw-all", persons(home, "red"))
     status, _, error = command("runs/saw-all", "--data", "red")
     assert status == 2 and len(error.splitlines()) == 1 and "pre-trained on 10 of 10" in error
     assert command("runs/saw-all", "--data", "pool")[0] == 0
     assert {user[:4] for user in result(home, "pool-probe", "saw-all")["test_users"]} == {"blue"}
-
 
 def test_official_test_users_are_tested_unless_one_was_trained_on(home, command):
     make_run(home, "saw-two", persons(home, "shakes", ["p0", "p1"]))
@@ -134,7 +124,6 @@ def test_official_test_users_are_tested_unless_one_was_trained_on(home, command)
     assert set(tested) == set(TEN) - {"p2", "p5", "p7", "p0", "p1"}            # to choose a run by
     assert "pre-trained on 2 of 10" in command("runs/saw-one-of-them", "--data", "official")[2]
 
-
 def test_few_labelled_users_are_among_more_of_them(home, command):
     assert command("runs/a", "--data", "official", "--label-users", "1,3,6")[0] == 0
     draws = [result(home, f"official-probe-u{count}")["folds"] for count in (1, 3, 6)]
@@ -144,7 +133,6 @@ def test_few_labelled_users_are_among_more_of_them(home, command):
         assert [len(few), len(more), len(most)] == [1, 3, 6] and few < more < most
         assert not most & {"p2", "p5", "p7"}
     assert (home / "runs/a/finetune/label-users.png").exists()
-
 
 def test_a_split_by_window_shows_the_leak_that_a_split_by_user_hides(home, command):
     """Users do one activity each, and are told by how a sensor is worn: new ones can't be told."""
@@ -158,7 +146,6 @@ def test_a_split_by_window_shows_the_leak_that_a_split_by_user_hides(home, comma
     assert honest["macro_f1"] < 0.6 and leak["macro_f1"] > 0.95
     assert set(leak["folds"][0]["train_users"]) & set(leak["folds"][0]["test_users"])
 
-
 # ---------------------------------------------------------------- features and the probe
 def test_features_are_mean_and_deviation_over_all_patches(home):
     model, _ = load_run(home / "runs/a")
@@ -170,13 +157,11 @@ def test_features_are_mean_and_deviation_over_all_patches(home):
         x[:, :, at] += 1
         assert not torch.allclose(in_batches(Encoder(model), x), pooled)
 
-
 def problem():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((400, 6)) @ rng.standard_normal((6, 6))
     y = (x @ rng.standard_normal((6, 4)) + rng.gumbel(size=(400, 4))).argmax(1)
     return torch.from_numpy(x), torch.from_numpy(y)
-
 
 @pytest.mark.parametrize("l2", [1e-1, 1e-4])
 def test_logistic_regression_ends_where_the_gradient_of_its_convex_loss_is_zero(l2):
@@ -187,7 +172,6 @@ def test_logistic_regression_ends_where_the_gradient_of_its_convex_loss_is_zero(
     [gradient] = torch.autograd.grad(loss, w)
     assert gradient.abs().max() < 1e-6
 
-
 def test_the_penalty_is_chosen_on_validation_rows():
     x, y = problem()
     fit, validation, l2 = np.arange(200), np.arange(200, 400), finetune.PENALTIES[0]
@@ -195,7 +179,6 @@ def test_the_penalty_is_chosen_on_validation_rows():
     weights = finetune.logistic_regression(z[fit], y[fit], l2, x.new_zeros(7, 4), tolerance=3e-4)
     y[validation] = (z[validation] @ weights[:-1] + weights[-1]).argmax(1)     # they agree with it
     assert finetune.fit_probe(x, y, 4, fit, validation, fit).l2 == l2
-
 
 # ---------------------------------------------------------------- scores and networks
 def test_scores_by_hand():
@@ -206,7 +189,6 @@ def test_scores_by_hand():
     assert scores["accuracy"] == pytest.approx(3 / 6)
     assert scores["per_class_f1"] == [pytest.approx(4 / 7), pytest.approx(2 / 4), 0, None]
     assert scores["macro_f1"] == pytest.approx((4 / 7 + 1 / 2 + 0) / 3)        # nobody has class 3
-
 
 def test_a_result_has_its_files_and_keys_and_is_compared_by_paired_folds(home, command):
     flags = ["runs/a", "--data", "shakes", "--sensors", "acc", "--label-users", 4]
@@ -223,7 +205,6 @@ def test_a_result_has_its_files_and_keys_and_is_compared_by_paired_folds(home, c
     assert status == 0 and f"{gain.mean():+.4f} on random" in printed
     assert f"standard error {gain.std(ddof=1) / 5 ** 0.5:.4f}" in printed
 
-
 @pytest.mark.parametrize("mode", ["tune", "scratch"])
 def test_a_network_keeps_the_epoch_that_is_best_for_validation_users(home, command, mode):
     before = (home / "runs/a/checkpoint.pt").read_bytes()
@@ -233,7 +214,6 @@ def test_a_network_keeps_the_epoch_that_is_best_for_validation_users(home, comma
     assert network["folds"][0]["epoch"] == best + 1 == len(epochs) - 2
     assert network["macro_f1"] > 0.6                   # by chance: 0.33
     assert (home / "runs/a/checkpoint.pt").read_bytes() == before
-
 
 # ---------------------------------------------------------------- again, at once, to take away
 def test_a_result_is_left_alone_until_the_weights_change_and_two_at_once_do_no_harm(home, command):
@@ -250,7 +230,6 @@ def test_a_result_is_left_alone_until_the_weights_change_and_two_at_once_do_no_h
     assert command("runs/b", "--data", "red")[0] == 0
     assert result(home, "red-probe", "b") != first[0]
 
-
 def test_an_exported_encoder_is_small_has_the_same_features_and_says_whom_it_saw(home, command):
     make_run(home, "large", persons(home, "red"), width=64, depth=3, heads=4)
     assert command("runs/large", "--export", "results/encoder")[0] == 0
@@ -263,7 +242,6 @@ def test_an_exported_encoder_is_small_has_the_same_features_and_says_whom_it_saw
     assert features.shape == (5, 256) and torch.equal(features, original)
     assert "pre-trained on 10 of 10" in command("results/encoder", "--data", "red")[2]
     assert "holds a whole run" in command("runs/a", "--export", "runs/by-pool")[2]
-
 
 def test_what_cannot_be_used_is_refused_in_a_sentence(home, command):
     make_run(home, "acc", sensors=1)

@@ -9,13 +9,11 @@ from model import (MAE, Attention, Block, baseline_loss, draw_masks, forward_flo
 
 torch.manual_seed(0)
 
-
 def mixing(model):
     """The same model with random weights: blocks start as the identity, which mixes nothing."""
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
     return model
-
 
 def test_a_patch_is_one_sensor_over_consecutive_samples():
     x = torch.arange(6 * 20.0).view(1, 6, 20)                    # channel c, sample t holds 20 c + t
@@ -24,12 +22,10 @@ def test_a_patch_is_one_sensor_over_consecutive_samples():
     assert torch.equal(patchify(x[..., :19], 5), tokens[:, :, :3]), "a shorter tail is cut"
     assert torch.equal(unpatchify(tokens, 5), x)
 
-
 def test_every_token_is_either_visible_or_masked():
     keep, masked = draw_masks(50, 80, 0.75, torch.Generator().manual_seed(1))
     assert keep.shape == (50, 20) and masked.shape == (50, 60)
     assert torch.equal(torch.cat([keep, masked], 1).sort().values, torch.arange(80).expand(50, -1))
-
 
 def test_masked_patches_never_reach_the_encoder():
     model, x = mixing(MAE(32, 2, 4)), torch.randn(3, 6, 200)
@@ -43,7 +39,6 @@ def test_masked_patches_never_reach_the_encoder():
     assert torch.equal(seen[0], seen[1]) and seen[0].shape == (3, 20, 32)
     assert losses[0].shape == (3,) and (losses[0] != losses[1]).all(), "masked patches are scored"
 
-
 def test_a_reconstruction_shows_what_is_visible_and_predicts_the_rest():
     model, x = mixing(MAE(16, 1, 2)), torch.randn(4, 6, 200)
     keep, masked = draw_masks(4, 80, 0.75)
@@ -54,7 +49,6 @@ def test_a_reconstruction_shows_what_is_visible_and_predicts_the_rest():
     error = (again - true)[batch, masked].square().mean((1, 2))
     torch.testing.assert_close(error, model(x, keep, masked))
 
-
 def test_attention_equals_the_library():
     attention, x, context = Attention(32, 4), torch.randn(2, 7, 32), torch.randn(2, 5, 32)
     turn_x, turn_context = rotary(torch.randint(9, (2, 7)), 8), rotary(torch.randint(9, (2, 5)), 8)
@@ -64,7 +58,6 @@ def test_attention_equals_the_library():
     expected = F.scaled_dot_product_attention(q, k, attention.split_heads(v))
     torch.testing.assert_close(attention(x, context, turn_x, turn_context),
                                attention.out(expected.transpose(1, 2).reshape(2, 7, 32)))
-
 
 def test_a_block_equals_the_library_on_the_same_weights():
     ours = mixing(Block(32, 4))
@@ -79,14 +72,12 @@ def test_a_block_equals_the_library_on_the_same_weights():
     x, no_time = torch.randn(2, 7, 32), rotary(torch.zeros(2, 7), 8)
     torch.testing.assert_close(ours(x, no_time), library(x), atol=1e-5, rtol=1e-5)
 
-
 def test_rotary_attention_depends_only_on_the_time_between_two_tokens():
     q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
     at = lambda t: rotary(torch.tensor([[t]]), 8)
     score = lambda t, u: (rotate(q, at(t)) * rotate(k, at(u))).sum()
     torch.testing.assert_close(score(3, 7), score(20, 24))
     assert abs(score(3, 7) - score(3, 8)) > 1e-3
-
 
 def test_the_baseline_is_the_mean_of_what_is_visible_of_the_same_target():
     x, keep = torch.randn(1, 6, 20), torch.tensor([[0, 2]])      # the gyroscope shows nothing
@@ -98,7 +89,6 @@ def test_the_baseline_is_the_mean_of_what_is_visible_of_the_same_target():
         errors = torch.cat([(y[0, :3, 5:10] - mean) ** 2, (y[0, :3, 15:20] - mean) ** 2, y[0, 3:] ** 2], 1)
         torch.testing.assert_close(baseline_loss(model, x, keep, masked)[0], errors.mean())
     assert MAE(16, 1, 2, target="window").target_of(x).mean(2).abs().max() < 1e-6
-
 
 @pytest.mark.parametrize("width, depth, heads, patch", [(16, 1, 2, 10), (64, 3, 4, 5)])
 def test_flops_and_parameters_by_formula_equal_the_count(width, depth, heads, patch):
@@ -114,14 +104,12 @@ def test_flops_and_parameters_by_formula_equal_the_count(width, depth, heads, pa
     encoder = 3 * patch * width + 2 * width + depth * (12 * width ** 2 + 2 * width) + width
     assert parameters(model)[1] == encoder
 
-
 def test_features_take_windows_of_another_length_and_one_sensor_alone():
     model, x = MAE(16, 1, 2), torch.randn(4, 6, 51)
     assert model.features(x).shape == (4, 2, 10, 16)
     gyroscope = model.features(x[:, 3:], sensors=[1])
     assert gyroscope.shape == (4, 1, 10, 16)
     torch.testing.assert_close(gyroscope[:, 0], model.features(x)[:, 1])   # identity blocks: no mixing
-
 
 def test_heads_that_do_not_divide_the_width_are_refused():
     with pytest.raises(ValueError, match="heads"):

@@ -17,7 +17,6 @@ CODE = Path(pretrain.__file__).parent
 TINY = ["--width", "16", "--depth", "1", "--heads", "2", "--patch", "20", "--batch", "16",
         "--threads", "1"]
 
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A folder with a small simulated set in data/, where the commands run."""
@@ -26,19 +25,15 @@ def home(tmp_path_factory):
     subprocess.run([sys.executable, CODE / "data.py", *words], cwd=home, check=True)
     return home
 
-
 def run(home, out, *flags):
     words = [sys.executable, CODE / "pretrain.py", "--data", "simulated", *TINY, "--out", out]
     return subprocess.run([*words, *map(str, flags)], cwd=home, capture_output=True, text=True)
 
-
 def read(path):
     return json.loads(path.read_text())
 
-
 def lines(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
 
 # ---------------------------------------------------------------- batches, optimiser, average
 def test_a_batch_depends_on_the_seed_and_its_step_alone(home, monkeypatch):
@@ -50,7 +45,6 @@ def test_a_batch_depends_on_the_seed_and_its_step_alone(home, monkeypatch):
     other = pretrain.batch_at(8, prepared, rows, flags)
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     assert not torch.equal(first[0], other[0]) and not torch.equal(first[1], other[1])
-
 
 def test_muon_equals_the_library():
     torch.manual_seed(0)
@@ -67,7 +61,6 @@ def test_muon_equals_the_library():
     for p, q, before in zip(ours, theirs, start):
         assert (p - q).norm() < 0.02 * (q - before).norm(), "equal up to the library's bfloat16"
 
-
 def test_the_average_is_a_weighted_mean_of_the_weights_passed_through():
     gamma, passed = 7, [torch.randn(5) for _ in range(40)]
     model, average = torch.nn.Linear(5, 1, bias=False), torch.nn.Linear(5, 1, bias=False)
@@ -83,7 +76,6 @@ def test_the_average_is_a_weighted_mean_of_the_weights_passed_through():
     closed = np.array([np.prod((1 - 1 / s[i:]) ** (gamma + 1)) for i in s])    # about (s / 40)^8
     np.testing.assert_allclose(kept, closed)
 
-
 def test_the_learning_rate_and_the_evaluations_do_not_depend_on_the_end():
     rate = [pretrain.schedule(step, tau=500, decay=0.5) for step in range(20_000)]
     assert np.argmax(rate) < 100 and rate[1500] == pytest.approx(0.5), "(1 + 3)^-1/2"
@@ -92,14 +84,12 @@ def test_the_learning_rate_and_the_evaluations_do_not_depend_on_the_end():
     assert steps[0] < 20 and growth.max() < 1.15
     assert np.median(growth) == pytest.approx(1.07, abs=0.01)
 
-
 # ---------------------------------------------------------------- the held-out loss
 def test_each_half_of_the_held_out_people_is_scored_at_a_step_chosen_on_the_other():
     half = np.array([0, 0, 1, 1])
     history = [{"people": [1.0, 1.0, 5.0, 5.0]}, {"people": [3.0, 3.0, 4.0, 4.0]},
                {"people": [2.0, 2.0, 6.0, 6.0]}]    # A is best at the first, B at the second
     assert pretrain.cross_fitted(history, half).tolist() == [3, 3, 5, 5]
-
 
 def test_every_person_has_one_vote(home, monkeypatch):
     monkeypatch.chdir(home)
@@ -109,14 +99,12 @@ def test_every_person_has_one_vote(home, monkeypatch):
     losses = pretrain.evaluate(lambda x, keep, masked: 3 * x[:, 0, 0], held)
     assert losses.tolist() == [0, 3] + [0] * (len(held.people) - 2)
 
-
 def test_a_run_has_converged_when_it_has_not_improved_over_a_share_of_its_steps():
     history = [{"step": 700, "loss": 1.0}, {"step": 990, "loss": 1.1}]
     assert not pretrain.has_converged(history, 0.3)
     assert pretrain.has_converged([*history, {"step": 1010, "loss": 1.1}], 0.3)
     assert not pretrain.has_converged([*history, {"step": 9000, "loss": 1.1}], 0)
     assert not pretrain.has_converged([{"step": 70, "loss": 1.0}, {"step": 200, "loss": 1.1}], 0.3)
-
 
 # ---------------------------------------------------------------- a whole run
 def test_a_cell_leaves_what_it_was_and_what_it_got(home):
@@ -139,7 +127,6 @@ def test_a_cell_leaves_what_it_was_and_what_it_got(home):
     model, _ = load_run(home / "runs/a")
     assert isinstance(model, MAE)
 
-
 def test_a_longer_cap_lengthens_a_run_and_other_flags_are_refused(home):
     cell = ["--users", 4, "--hours-per-user", 0.02, "--patience", 0]
     assert run(home, "runs/long", *cell, "--steps", 90).returncode == 0
@@ -158,7 +145,6 @@ def test_a_longer_cap_lengthens_a_run_and_other_flags_are_refused(home):
     for part in ("model", "average", "best"):
         assert all(torch.equal(weights[0][part][k], weights[1][part][k]) for k in weights[0][part])
 
-
 def test_a_flag_that_an_old_run_does_not_name_had_its_default(home):
     cell = ["--users", 3, "--steps", 20]
     assert run(home, "runs/old", *cell).returncode == 0
@@ -171,13 +157,11 @@ def test_a_flag_that_an_old_run_does_not_name_had_its_default(home):
     refused = run(home, "runs/old", *cell)
     assert refused.returncode == 2 and "mlp swiglu -> None" in refused.stderr
 
-
 def test_a_run_ends_by_itself(home):
     cell = ["--users", 2, "--hours-per-user", 0.01, "--lr", 0.1]
     assert run(home, "runs/ends", *cell).returncode == 0
     result = read(home / "runs/ends/result.json")
     assert result["converged"] and result["best_step"] <= 0.7 * result["steps"] < 10_000
-
 
 @pytest.mark.parametrize("flags, word", [
     (["--users", 99], "--users 99"), (["--hours-per-user", 0.001], "--hours-per-user"),
