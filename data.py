@@ -235,12 +235,12 @@ def folder(user, names, read, settings):
     path = names[0]
     t, x, segment, label = (read_npz if path.suffix == ".npz" else read_csv)(path)
     good = (np.abs(x) < LARGEST).all(1) & np.isfinite(t)
-    require(good.all(), f"{path}: row {good.argmin() + 1} has no number or a wild one: drop it")
+    require(good.all(), f"{path}, row {good.argmin() + 1}: no number or an impossible one; drop it")
     acc, gyro = x[:, :3], x[:, 3:]                 # views: x changes with them
     acc /= GRAVITY if settings["acc_unit"] == "m/s2" else 1
     gyro *= DEGREE if settings["gyro_unit"] == "deg/s" else 1
     g = np.median(np.linalg.norm(acc, axis=1))
-    require(0.25 < g < 4, f"{path}: the median is {g:.2g} g, but gravity is 1 g: check --acc-unit")
+    require(0.25 < g < 4, f"{path}: acceleration is {g:.2g} g, gravity is 1 g: check --acc-unit")
     fast = (np.abs(gyro) > 35).mean() if gyro.size else 0
     require(fast < 0.05, f"{path}: rotation is often above 35 rad/s: is it --gyro-unit deg/s?")
     label[np.isin(label, ("-1", "-1.0", "nan"))] = ""
@@ -295,8 +295,7 @@ TRAITS = {  # average, deviation between people, shape (7 activities, 6 channels
 }
 
 def person(seed, user, spread):
-    """The traits of one person: average + spread x deviation x a normal number; spread 0: clones.
-    Each trait has a random stream of its own: a new trait leaves the others as they are."""
+    """A person's traits: average + spread x deviation x a normal number, of a stream of its own."""
     return {name: average + spread * deviation *
             random_stream(seed, "trait", name, user).standard_normal(shape)
             for name, (average, deviation, shape) in TRAITS.items()}
@@ -413,6 +412,7 @@ def start_process():
 
 def write_set(archives, raw, settings, out):
     """Read the parts side by side and append their windows to a file as they come -> the meta."""
+    import scipy.interpolate, scipy.signal         # once, before the processes are forked
     what, parts = settings["source"], parts_of(archives, raw, settings)
     source, read = SOURCES[what], functools.partial(read_part, archives, settings)
     rows, channels, left_out, test_users = [], set(), Counter(), None
@@ -442,9 +442,9 @@ def write_set(archives, raw, settings, out):
     np.save(out / "users.npy", users)
     np.save(out / "labels.npy", labels)
     own = {"folder": Path(raw).resolve().name, "simulated": f"simulated-{settings.get('seed')}"}
-    own = own.get(what, what.split("_")[0])
-    prefixed = all(name.find("_") > 0 for name in names)
-    sources = [name.split("_")[0] if prefixed else own for name in names]
+    sources = [own.get(what, what.split("_")[0])] * len(names)
+    if all(name.find("_") > 0 for name in names):
+        sources = [name.split("_")[0] for name in names]
     return {"rate": RATE, "seconds": source.length / RATE, "channels": CHANNELS[:shape[1]],
             "users": names, "sources": sources, "classes": classes, "windows": len(rows),
             "hours": len(rows) * source.length / RATE / 3600, "left_out": left_out,
@@ -620,7 +620,8 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag, default = parser.add_argument, " (default: %(default)s)"
-    flag("source", nargs="?", choices=[*SOURCES, "plot"], help="to prepare; none: list all sets")
+    flag("source", nargs="?", choices=[*SOURCES, "plot"], metavar="what",
+         help="the set to prepare, or 'plot'; without it all sets are listed")
     flag("which", nargs="?", default="", help="with 'plot': the prepared set to draw")
     flag("--raw", default="data/raw", help="folder of the archives or the recordings" + default)
     flag("--name", help="prepare it as data/NAME/ (default: what the set is called)")

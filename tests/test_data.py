@@ -142,8 +142,7 @@ def test_every_format_comes_out_as_the_movement_that_was_recorded(what):
     assert meta["sources"] == [what.split("_")[0]] * len(users)
     assert meta["test_users"] == (["2"] if what == "ucihar" else None)
     assert prepared.windows.dtype == np.float16 and meta["seconds"] == len(ticks) / 20
-    if what == "extrasensory":
-        assert sorted(meta["left_out"].values()) == [2, 2, 4]
+    assert what != "extrasensory" or sorted(meta["left_out"].values()) == [2, 2, 4]
 
 # ---------------------------------------------------------------- own recordings
 def npz(path, x=None, rate=50, **more):
@@ -229,7 +228,6 @@ BAD = {  # what makes a folder unusable: (its files, words of the sentence)
     "missing value": (arrays(np.where(np.arange(1250)[:, None] == 7, np.nan, X25)), "row 8"),
     "five channels": (arrays(np.ones((999, 5))), r"signal \(999, 5\).* wanted: .*\(n, 6\)"),
     "no rate": ({"u.npz": {"signal": X25}}, "rate is not a file"),
-    "impossible rate": (arrays(rate=-5), "rate -5"),
     "pickles": (arrays(np.array([{}], object)), "allow_pickle"),
     "no zip": ({"u.npz": "PK"}, "can't be read as a zip"),
     "m/s^2": (arrays(X25 * ([GRAVITY] * 3 + [1] * 3)), "check --acc-unit"),
@@ -477,8 +475,7 @@ def test_the_command_line_lists_prepares_draws_and_refuses(monkeypatch, capfd):
 
 @needs_real
 @pytest.mark.parametrize("source", ["motionsense", "sisfall", "uschad"])
-def test_the_pool_read_from_published_archives_equals_the_one_that_was_prepared_elsewhere(source):
-    """But for rounding to float16."""
+def test_published_archives_give_the_recordings_that_were_prepared_elsewhere(source):
     prepared = prepare(source, REAL / "raw" / "samples")
     Path("pool").mkdir()
     for user in prepared.meta["users"]:
