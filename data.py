@@ -13,7 +13,7 @@ Recordings to windows: every data set of the study, cut in the same way.
 """
 import argparse, contextlib, fcntl, functools, hashlib, importlib.metadata, io, itertools
 import json, math, multiprocessing, os, platform, re, shutil, signal, subprocess, sys, threading
-import time, zipfile, zlib
+import zipfile, zlib
 from collections import Counter, namedtuple
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
@@ -334,17 +334,19 @@ def simulated(user, names, read, settings, rate=40):
 # ---------------------------------------------------------------- prepare: fetch, read, write
 def download(url, path):
     """Fetch `url` to `path` by way of `path`.part, going on where an earlier transfer was cut."""
-    import requests
+    import requests, urllib3
     require("://" in url, f"{path} is missing and has no lasting address; fetch it by hand")
     print(f"fetching {url}", file=sys.stderr)
     path.parent.mkdir(parents=True, exist_ok=True)
     part, problem = path.with_name(path.name + ".part"), "what came is no zip"
-    for seconds in range(6):
-        time.sleep(seconds)
+    retry = urllib3.Retry(4, backoff_factor=0.3, status_forcelist=[429, 500, 502, 503, 504])
+    session = requests.Session()
+    session.mount(url[:url.index("//")], requests.adapters.HTTPAdapter(max_retries=retry))
+    for attempt in range(6):
         with open(part, "ab") as file:
             headers = {"Accept-Encoding": "identity", "Range": f"bytes={file.tell()}-"}
             try:
-                answer = requests.get(url, headers=headers, stream=True, timeout=60)
+                answer = session.get(url, headers=headers, stream=True, timeout=60)
                 if answer.status_code in (200, 416):     # not from there: from the beginning
                     file.truncate(0)
                 answer.raise_for_status()
@@ -470,7 +472,7 @@ def prepare(name, settings, raw, force=False):
         require(not target.exists() or (target / "meta.json").is_file(), f"{target} is no data set")
         if target.exists() and not force:
             made = load_one(name).meta["settings"]
-            differ = [key for key in settings if made.get(key) != settings[key]]
+            differ = [key for key in made | settings if made.get(key) != settings.get(key)]
             require(not differ, f"{target} has another {', '.join(differ)}: give --name or --force")
             return print("prepared already:", describe(name))
         for path, url in urls.items():
@@ -490,6 +492,7 @@ def prepare(name, settings, raw, force=False):
 
 # ---------------------------------------------------------------- load; who is held out, who drawn
 Prepared = namedtuple("Prepared", "windows users labels meta")   # (n, C, T), (n,), (n,), a dict
+KEYS = {*"rate seconds channels users sources classes hours test_users settings".split()}
 
 def load(name, root="data"):
     """The prepared set `name`, or several as one ("a+b"): users side by side, classes by name."""
@@ -518,7 +521,7 @@ def load_one(name, root="data"):
     try:
         meta = json.loads((folder / "meta.json").read_text())
         arrays = [np.load(folder / f"{part}.npy", mmap_mode="r") for part in Prepared._fields[:3]]
-        whole = fingerprint(*arrays) == meta["fingerprint"]
+        whole = fingerprint(*arrays) == meta["fingerprint"] and KEYS <= set(meta)
     except (OSError, EOFError, ValueError, TypeError, LookupError):      # cut off, other shapes
         whole = False
     require(whole, f"{folder} is damaged or was changed; prepare the set again with --force")
