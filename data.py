@@ -10,19 +10,16 @@ Recordings to windows: every data set of the study, cut in the same way.
     python data.py wisdm_watch                      # a published archive, downloaded if missing
     python data.py folder --raw my_recordings --name mine
     python data.py plot mine                        # a picture: data/mine/plot.png
-
-To add a corpus, write a row of SOURCES and a parser of the same name.
 """
-import argparse, contextlib, fcntl, functools, hashlib, io, itertools, json, math, os
-import multiprocessing, platform, re, shutil, signal, subprocess, sys, threading
+import argparse, contextlib, fcntl, functools, hashlib, importlib.metadata, io, itertools
+import json, math, multiprocessing, os, platform, re, shutil, signal, subprocess, sys, threading
 import zipfile, zlib
 from collections import Counter, namedtuple
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from importlib import metadata
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import scipy                                       # its parts come when they are used
 
 RATE, SECONDS = 20, 10                             # Hz, s: a window has 200 samples
 CHANNELS = ["acc_x", "acc_y", "acc_z", "gyro_x", "gyro_y", "gyro_z"]
@@ -30,26 +27,24 @@ SCALE = {"acc": 0.7, "gyro": 1.05}                 # g, rad/s: the model's input
 GRAVITY, DEGREE = 9.80665, np.pi / 180             # m/s^2 in 1 g, rad in 1 degree
 GAP, LARGEST = 0.5, 1e4                            # s without a sample, a value: more is an error
 MEMBER_LIMIT, ZIP_LIMIT = 64 << 20, 1 << 30        # bytes that a file, a zip may inflate to
-ONE_SENSOR = "recordings of one sensor only"
 
 # ---------------------------------------------------------------- the table of sources
 # members: which files are read; group 1 is the part, mostly a user. archives: their addresses, or a
 # mere name where no address lasts. classes: label i is classes[i]; (): the labels in the files.
 Source = namedtuple("Source", "text members archives classes length", defaults=("", (), (), 200))
-UCI, GITHUB = "https://archive.ics.uci.edu/static/public/", "https://github.com/"
+UCI = "https://archive.ics.uci.edu/static/public/"
 UCIHAR = "WALKING", "WALKING_UPSTAIRS", "WALKING_DOWNSTAIRS", "SITTING", "STANDING", "LAYING"
-UCIHAR_ZIP = UCI + "240/human+activity+recognition+using+smartphones.zip"
 WISDM = ("walking jogging stairs sitting standing typing teeth soup chips pasta drinking sandwich "
          "kicking catch dribbling writing clapping folding").split()     # A to S; there is no N
 WISDM_ZIP = UCI + "507/wisdm+smartphone+and+smartwatch+activity+and+biometrics+dataset.zip"
 EXTRASENSORY = "http://extrasensory.ucsd.edu/data/raw_measurements/ExtraSensory.raw_measurements."
-MOTIONSENSE_ZIP = GITHUB + "mmalekzadeh/motion-sense/raw/master/data/A_DeviceMotion_data.zip"
-WEDAFALL_ZIP = GITHUB + "joaojtmarques/WEDA-FALL/archive/refs/heads/main.zip#/WEDA-FALL-main.zip"
+MOTIONSENSE = "https://github.com/mmalekzadeh/motion-sense/raw/master/data/A_DeviceMotion_data.zip"
 SOURCES = {
     "simulated": Source("a simulated population"),
     "folder": Source("own recordings: a folder with one .npz or .csv a user"),
     "ucihar": Source("UCI HAR (Anguita 2013): 30 users, phone at the waist, 50 Hz, 2.56 s",
-                     r"/(train|test)/.*\.txt$", (UCIHAR_ZIP,), UCIHAR, 51),
+                     r"/(train|test)/.*\.txt$",
+                     (UCI + "240/human+activity+recognition+using+smartphones.zip",), UCIHAR, 51),
     "wisdm_phone": Source("WISDM (Weiss 2019): 51 users, phone in the pocket, 20 Hz",
                           r"raw/phone/\w+/data_(\d+)_\w+\.txt$", (WISDM_ZIP,), WISDM),
     "wisdm_watch": Source("WISDM (Weiss 2019): 51 users, watch on the wrist, 20 Hz",
@@ -57,19 +52,13 @@ SOURCES = {
     "extrasensory": Source("ExtraSensory (Vaizman 2017): 60 users, phone in free living, 40 Hz",
                            r"([^/]+)/\d+\.m_(?:raw_acc|proc_gyro)\.dat$",
                            (EXTRASENSORY + "raw_acc.zip", EXTRASENSORY + "proc_gyro.zip")),
-    "dsads": Source("Daily and Sports Activities (Barshan 2010): 8 users, torso, 25 Hz",
-                    r"/a\d+/p(\d+)/s\d+\.txt$", (UCI + "256/daily+and+sports+activities.zip",)),
     "motionsense": Source("MotionSense (Malekzadeh 2019): 24 users, phone in the pocket, 50 Hz",
-                          r"^A.*/[a-z]+_\d+/sub_(\d+)\.csv$", (MOTIONSENSE_ZIP,)),
+                          r"^A.*/[a-z]+_\d+/sub_(\d+)\.csv$", (MOTIONSENSE,)),
     "sisfall": Source("SisFall (Sucerquia 2017): 38 users, waist, 200 Hz, with falls",
                       r"/(S[AE]\d+)/[DF]\d+_S[AE]\d+_R\d+\.txt$", ("SisFall_dataset.zip",)),
     "uschad": Source("USC-HAD (Zhang 2012): 14 users, hip, 100 Hz",
                      r"/Subject(\d+)/a\d+t\d+\.mat$", ("https://sipi.usc.edu/had/USC-HAD.zip",)),
-    "wedafall": Source("WEDA-FALL (Marques 2022): 25 users, wrist, 50 Hz, with falls",
-                       r"/50Hz/[DF]\d+/U(\d+)_R\d+_(?:accel|gyro)\.csv$", (WEDAFALL_ZIP,)),
-    "pool": Source("dsads, motionsense, sisfall, uschad and wedafall, unlabelled: 109 users"),
 }
-POOL = "dsads", "motionsense", "sisfall", "uschad", "wedafall"
 
 # ---------------------------------------------------------------- what all commands share
 class UserError(Exception):
@@ -85,10 +74,8 @@ def command(main):
         sys.exit(main())
     except BrokenPipeError:                        # `| head` has read enough
         os._exit(141)
-    except (UserError, BrokenProcessPool) as error:
+    except (UserError, OSError, BrokenExecutor) as error:        # OSError: a full disk, no rights
         message, status = error, 2
-    except OSError as error:                       # a full disk, a folder that can't be written to
-        message, status = f"{error}: make room or choose another place, and run it again", 2
     except KeyboardInterrupt:
         message, status = "stopped; run the same command again", 130
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
@@ -114,7 +101,7 @@ def provenance():
     """What made a result: the git commit (with + if files were changed) and the versions used."""
     git = subprocess.run("git describe --always --exclude='*' --abbrev=40 --dirty=+", shell=True,
                          cwd=Path(__file__).parent, capture_output=True, text=True)
-    versions = {package: metadata.version(package) for package in ("torch", "numpy", "scipy")}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "scipy")}
     return {"commit": git.stdout.strip(), "python": platform.python_version(), **versions}
 
 def random_stream(*key):
@@ -123,8 +110,7 @@ def random_stream(*key):
 
 # ---------------------------------------------------------------- stamps to a clock, to windows
 def unbroken(t, x):
-    """The stretches [(t, x), ...] of one sensor: without the rows whose stamp or value is wrong,
-    cut where samples of GAP seconds are missing."""
+    """A sensor without rows in error, cut where GAP s are missing: stretches [(t, x), ...]."""
     kept = np.flatnonzero(np.isfinite(t) & (np.abs(x) < LARGEST).all(1))
     steps = np.diff(t[kept], prepend=-np.inf, append=np.inf)
     kept = kept[(steps[:-1] < GAP) | (steps[1:] > 0)]            # not far ahead, for one row
@@ -138,15 +124,13 @@ def unbroken(t, x):
 def resample(t, x, start, n):
     """The signal x (rows, columns) with stamps t (s) at n ticks of the 20 Hz clock from `start`:
     interpolated to an even grid of 80 Hz or more, low-passed without phase shift, thinned out."""
-    from scipy.interpolate import make_interp_spline             # late, so that commands start fast
-    from scipy.signal import firwin, resample_poly
     steps = np.diff(t)
     even = len(t) > 3 and steps.max() < 1.5 * np.median(steps) < 3 * steps.min()
     k = max(4, math.ceil(len(steps) / (t[-1] - t[0]) / RATE - 1e-6))
     grid = np.clip(start + np.arange((n - 1) * k + 1) / (RATE * k), t[0], t[-1])
-    x = make_interp_spline(t, x, k=3 if even else 1)(grid)       # a cubic overshoots where uneven
-    low_pass = firwin(RATE * k + 1, 9.0, fs=RATE * k, window=("kaiser", 5.65))       # half at 9 Hz
-    return resample_poly(x, 1, k, window=low_pass, padtype="antireflect")
+    spline = scipy.interpolate.make_interp_spline(t, x, k=3 if even else 1)  # a cubic overshoots
+    low_pass = scipy.signal.firwin(RATE * k + 1, 9, fs=RATE * k, window=("kaiser", 5.65))    # Hz
+    return scipy.signal.resample_poly(spline(grid), 1, k, window=low_pass, padtype="antireflect")
 
 def cut(recordings, length):
     """Recordings (user, label, streams) to windows (n, C, length) float16, the user and label of
@@ -171,21 +155,19 @@ def cut(recordings, length):
     return windows, rows, +left_out
 
 # ---------------------------------------------------------------- a parser for each format
-# It reads one part, mostly a user: given the part's name, the names of its files, a function that
-# returns the bytes of a file, and the settings, it yields recordings (user, label, streams).
-def numbers(text, columns, name):
+# A new corpus is a row of SOURCES and a parser of the same name, which reads one part: given its
+# name, the names of its files, a function that returns the bytes of a file, and the settings, it
+# yields recordings (user, label, streams).
+def numbers(text, columns):
     """(rows, columns) from bytes: numbers between blanks, commas or semicolons."""
-    try:
-        values = text.replace(b",", b" ").replace(b";", b" ").split()
-        return np.fromiter(map(float, values), float).reshape(-1, columns)
-    except ValueError:
-        raise UserError(f"{name} is not {columns} columns of numbers; fetch it again") from None
+    values = text.replace(b",", b" ").replace(b";", b" ").split()
+    return np.fromiter(map(float, values), float).reshape(-1, columns)
 
 def ucihar(split, names, read, settings):
     """Each published window is a recording of 128 samples at 50 Hz, in g and rad/s."""
     def table(what, columns=1):
-        name = f"{names[0].partition(f'/{split}/')[0]}/{split}/{what}_{split}.txt"
-        return numbers(read(name), columns, name)
+        folder = names[0].partition(f"/{split}/")[0]
+        return numbers(read(f"{folder}/{split}/{what}_{split}.txt"), columns)
     users, labels = table("subject").astype(int).ravel(), table("y").astype(int).ravel()
     signals = [table(f"Inertial Signals/{sensor}_{axis}", 128)
                for sensor in ("total_acc", "body_gyro") for axis in "xyz"]
@@ -197,130 +179,98 @@ def wisdm(user, names, read, settings):
     """A file for each sensor, lines `user,activity,ns,x,y,z;`, m/s^2, rad/s; the clocks differ."""
     sensors = []
     for name in sorted(names):                     # accel, then gyro
-        text, unit = read(name), GRAVITY if "/accel/" in name else 1
-        activity = np.array(re.findall(rb",([A-MO-S]),", text), "S1")
-        table = numbers(re.sub(rb",[A-MO-S],", b",", text), 5, name)
-        require(len(activity) == len(table), f"{name} has activities other than A to S without N")
+        text = read(name)
+        activity = np.array(re.findall(rb",([A-S]),", text)).astype(str)
+        table = numbers(re.sub(rb",[A-S],", b",", text), 5)
         rows = np.argsort(table[:, 1], kind="stable")
+        unit = GRAVITY if "/accel/" in name else 1
         sensors.append((activity[rows], table[rows, 1] / 1e9, table[rows, 2:] / unit))
     for letter, label in zip("ABCDEFGHIJKLMOPQRS", WISDM):
-        rows = [activity == letter.encode() for activity, *_ in sensors]
-        streams = [(t[here], x[here]) for here, (_, t, x) in zip(rows, sensors)]
-        whole = len(streams) == 2 and all(len(t) for t, _ in streams)
-        yield user, label, streams if whole else "activities that a sensor lacks"
+        streams = [(t[activity == letter], x[activity == letter])
+                   for activity, t, x in sensors if letter in activity]
+        yield user, label, streams if len(streams) == 2 else "activities that a sensor lacks"
 
 def extrasensory(user, names, read, settings):
     """A file for each sensor and minute, lines `clock_s x y z`; acceleration in g or in m/s^2."""
     for name in sorted({name.replace("proc_gyro", "raw_acc") for name in names}):
         try:
-            acc, gyro = (numbers(read(file), 4, file)
-                         for file in (name, name.replace("raw_acc", "proc_gyro")))
-        except (KeyError, UserError) as error:     # no such file, or it holds a mere "nan"
-            failed = "recordings that failed" if isinstance(error, UserError) else ONE_SENSOR
-            yield user, None, failed
+            acc = numbers(read(name), 4)
+            gyro = numbers(read(name.replace("raw_acc", "proc_gyro")), 4)
+        except (KeyError, ValueError):             # no such file, or it holds a mere "nan"
+            yield user, None, "recordings that a sensor lacks"
             continue
-        norms = np.linalg.norm(acc[:, 1:], axis=1)
-        norm = np.median(norms[norms < LARGEST]) if (norms < LARGEST).any() else 0
+        norm = np.nanmedian(np.linalg.norm(acc[:, 1:], axis=1))
         unit = 1 if 0.7 <= norm <= 1.5 else GRAVITY if 6 <= norm <= 15 else None
         streams = [(acc[:, 0], acc[:, 1:] / (unit or 1)), (gyro[:, 0], gyro[:, 1:])]
         yield user, None, streams if unit else "recordings neither in g nor in m/s^2"
 
-def dsads(user, names, read, settings):
-    """25 Hz, m/s^2 and rad/s; files of 5 s x 45 columns, torso first, that follow on each other."""
-    for activity, files in itertools.groupby(sorted(names), lambda name: name.split("/")[-3]):
-        x = np.vstack([numbers(read(name), 45, name)[:, :6] for name in files])
-        yield user, activity, [(np.arange(len(x)) / 25, x / ([GRAVITY] * 3 + [1] * 3))]
-
 def motionsense(user, names, read, settings):
     """50 Hz; columns: index, attitude (3), gravity (3), rad/s (3), acceleration but gravity (3)."""
     for name in names:
-        table = numbers(read(name).partition(b"\n")[2], 13, name)
+        table = numbers(read(name).partition(b"\n")[2], 13)
         x = np.hstack([table[:, 4:7] + table[:, 10:13], table[:, 7:10]])
-        yield user, name.split("/")[-2].split("_")[0], [(np.arange(len(x)) / 50, x)]
+        activity = name.split("/")[-2].split("_")[0]
+        yield f"motionsense_{user}", activity, [(np.arange(len(x)) / 50, x)]
 
 def sisfall(user, names, read, settings):
     """200 Hz, nine integers a line: acceleration (32 g in 13 bits), rotation (4000 deg/s in 16)."""
     for name in names:
         lines = [line for line in read(name).splitlines() if line.count(b",") == 8]  # some are cut
-        x = numbers(b"\n".join(lines), 9, name)[:, :6]
-        x = x * ([32 / 2**13] * 3 + [4000 / 2**16 * DEGREE] * 3)
-        yield user, name.split("/")[-1].split("_")[0], [(np.arange(len(x)) / 200, x)]
+        x = numbers(b"\n".join(lines), 9)[:, :6]
+        x *= [32 / 2**13] * 3 + [4000 / 2**16 * DEGREE] * 3
+        activity = name.split("/")[-1].split("_")[0]
+        yield f"sisfall_{user}", activity, [(np.arange(len(x)) / 200, x)]
 
 def uschad(user, names, read, settings):
-    """100 Hz, MATLAB files with one array (n, 6), g and deg/s."""
-    from scipy.io import loadmat
+    """100 Hz, MATLAB files, g and deg/s."""
     for name in names:
-        (x,) = (x for x in loadmat(io.BytesIO(read(name))).values() if np.shape(x)[1:] == (6,))
+        x = scipy.io.loadmat(io.BytesIO(read(name)))["sensor_readings"]
         x = x * ([1] * 3 + [DEGREE] * 3)
-        yield user, name.split("/")[-1].split("t")[0], [(np.arange(len(x)) / 100, x)]
+        activity = name.split("/")[-1].split("t")[0]
+        yield f"uschad_{user}", activity, [(np.arange(len(x)) / 100, x)]
 
-def wedafall(user, names, read, settings):
-    """About 50 Hz, a file for each sensor, a header, lines `time_s,x,y,z`, m/s^2 and rad/s."""
-    for name in (name for name in names if name.endswith("_accel.csv")):
-        streams, gyro = ONE_SENSOR, name.replace("_accel.", "_gyro.")
-        if gyro in names:
-            acc, gyro = (numbers(read(file).partition(b"\n")[2], 4, file) for file in (name, gyro))
-            streams = [(acc[:, 0], acc[:, 1:] / GRAVITY), (gyro[:, 0], gyro[:, 1:])]
-        yield user, name.split("/")[-2], streams
-
-# ---------------------------------------------------------------- own recordings
 def folder(user, names, read, settings):
-    """One .npz (signal, rate, segment, label) or .csv (t, ax ay az, gx gy gz, label) a user."""
+    """A .npz with signal (n, 6) or (n, 3), rate (5 to 10,000 Hz) and, if you like, segment, label
+    (n,); or a .csv with the columns t,ax,ay,az or t,ax,ay,az,gx,gy,gz and, if you like, label."""
     path = names[0]
     t, x, segment, label = (read_npz if path.suffix == ".npz" else read_csv)(path)
     good = (np.abs(x) < LARGEST).all(1) & np.isfinite(t)
-    require(good.all(), f"{path}: row {good.argmin() + 1} has a missing or impossible value; leave "
-            f"such rows out (the recording is cut where more than {GAP} s are missing)")
-    acc, gyro, unit = x[:, :3], x[:, 3:], settings["acc_unit"]             # changed in place
-    acc /= GRAVITY if unit == "m/s2" else 1
+    require(good.all(), f"{path}, row {good.argmin() + 1}: no number or an impossible one; drop it")
+    acc, gyro = x[:, :3], x[:, 3:]                 # views: x changes with them
+    acc /= GRAVITY if settings["acc_unit"] == "m/s2" else 1
     gyro *= DEGREE if settings["gyro_unit"] == "deg/s" else 1
     g = np.median(np.linalg.norm(acc, axis=1))
-    problem = f"{path}: the median acceleration is {g:.2g} g, but gravity alone is 1 g"
-    require(g < 4 and (g > 0.25 or unit == "g"),
-            f"{problem}; give --acc-unit {'m/s2' if unit == 'g' else 'g'}, or convert it")
-    if not 0.5 < g < 2:
-        print(f"{problem}: is the unit right, and gravity in it?", file=sys.stderr)
-    require((np.abs(gyro) < 35).mean() > 0.95 if gyro.size else True,
-            f"{path}: angular velocity is often above 35 rad/s; is it --gyro-unit deg/s?")
+    require(0.25 < g < 4, f"{path}: acceleration is {g:.2g} g, gravity is 1 g: check --acc-unit")
+    fast = (np.abs(gyro) > 35).mean() if gyro.size else 0
+    require(fast < 0.05, f"{path}: rotation is often above 35 rad/s: is it --gyro-unit deg/s?")
     label[np.isin(label, ("-1", "-1.0", "nan"))] = ""
     changes = np.flatnonzero((segment[1:] != segment[:-1]) | (label[1:] != label[:-1])) + 1
     for rows in np.split(np.arange(len(t)), changes):
         yield user, label[rows[0]], [(t[rows], x[rows])]
 
 def read_npz(path):
-    """Stamps (n,), signal (n, 6 or 3), segment (n,) and label (n,) as text of one .npz."""
-    open_zips(path)                                # refuses what would inflate without end
-    try:
-        with np.load(path) as file:
-            signal, rate = file["signal"].astype(float), file["rate"].item()
-            n = len(signal)
-            segment = file["segment"] if "segment" in file else np.zeros(n)
-            label = file["label"].astype(str) if "label" in file else np.full(n, "")
-            require(signal.shape in ((n, 3), (n, 6)) and n, f"signal {signal.shape}")
-            require(segment.shape == label.shape == (n,), f"{segment.shape}, {label.shape}")
-            require(5 <= rate <= 10_000, f"rate {rate}")
-    except Exception as error:
-        raise UserError(f"{path} can't be used ({error}): it needs 'signal' (n, 6) or (n, 3), "
-                        "'rate' (5 to 10,000 Hz) and may have 'segment', 'label' (n,)") from None
+    """Stamps (n,), signal (n, 6 or 3), segment (n,) and label (n,) as text."""
+    open_zips((path,))                             # refuses what would inflate without end
+    with np.load(path) as file:
+        signal, rate = file["signal"].astype(float), file["rate"].item()
+        n = len(signal)
+        segment = file["segment"] if "segment" in file else np.zeros(n)
+        label = file["label"].astype(str) if "label" in file else np.full(n, "")
+    if signal.shape not in ((n, 6), (n, 3)) or not 5 <= rate <= 10_000:
+        raise ValueError(f"signal {signal.shape}, rate {rate}")
     return np.arange(n) / rate, signal, segment, label
 
 def read_csv(path):
-    """The same of one .csv."""
-    header, *lines = path.read_text("utf-8-sig", "replace").strip().splitlines() or [""]
-    header = [column.strip().lower() for column in header.split(",")]
-    wanted = ["t", "ax", "ay", "az"] + ["gx", "gy", "gz"] * ("gx" in header)
-    require(set(wanted) <= set(header) and lines, f"{path} needs rows with the columns "
-            f"t,ax,ay,az,gx,gy,gz (or t,ax,ay,az); its first line is '{','.join(header)[:80]}'")
-    try:
-        columns = [header.index(name) for name in wanted]
-        table = np.loadtxt(lines, delimiter=",", usecols=columns, ndmin=2, comments=None)
-        label = [""] * len(table)
-        if "label" in header:
-            rows = [line.split(",") for line in lines if line.strip()]
-            label = [row[header.index("label")].strip(' "') for row in rows]
-    except (ValueError, IndexError) as error:
-        raise UserError(f"{path} can't be read: {error} (the first row of numbers is 0)") from None
-    return table[:, 0], table[:, 1:], np.zeros(len(table)), np.array(label, str)
+    """The same."""
+    load = functools.partial(np.loadtxt, path, delimiter=",", quotechar='"', ndmin=2,
+                             encoding="utf-8-sig")
+    header = [column.strip().lower() for column in load(dtype=str, max_rows=1)[0]]
+    columns = ["t", "ax", "ay", "az"] + ["gx", "gy", "gz"] * ("gx" in header)
+    table = load(skiprows=1, usecols=[header.index(column) for column in columns])
+    label = np.full(len(table), "")
+    if "label" in header:
+        label = np.char.strip(load(dtype=str, skiprows=1, usecols=header.index("label"))[:, 0])
+    return table[:, 0], table[:, 1:], np.zeros(len(table)), label
 
 # ---------------------------------------------------------------- a simulated population
 ACTIVITIES = {  # lean, roll (rad), strides (x the person's), push (g), turn, fidget (rad), share
@@ -345,8 +295,7 @@ TRAITS = {  # average, deviation between people, shape (7 activities, 6 channels
 }
 
 def person(seed, user, spread):
-    """The traits of one person: average + spread x deviation x a normal number; spread 0: clones.
-    Each trait has a random stream of its own: a new trait leaves the others as they are."""
+    """A person's traits: average + spread x deviation x a normal number, of a stream of its own."""
     return {name: average + spread * deviation *
             random_stream(seed, "trait", name, user).standard_normal(shape)
             for name, (average, deviation, shape) in TRAITS.items()}
@@ -355,7 +304,7 @@ def simulated(user, names, read, settings, rate=40):
     """Random activities. In the body's frame (x forwards, y left, z up) the trunk leans, fidgets,
     and is turned and pushed by harmonics of the stride; the sensor is worn rotated, by M (mount):
     acc = M R(angles)^-1 (0, 0, 1) + M push,   gyro = M d angles / dt   (for small angles)"""
-    from scipy.spatial.transform import Rotation
+    Rotation = scipy.spatial.transform.Rotation
     who = person(settings["seed"], user, settings["spread"])
     rng = random_stream(settings["seed"], "day", user)           # clones, too, have own days
     mount = Rotation.from_rotvec(who["mount"])
@@ -386,84 +335,76 @@ def simulated(user, names, read, settings, rate=40):
 def download(url, path):
     """Fetch `url` to `path` by way of `path`.part, going on where an earlier transfer was cut."""
     import requests, urllib3
-    by_hand, part = f"fetch it by hand to {path}", path.with_name(path.name + ".part")
-    require("://" in url, f"{path} is missing and has no lasting address; {by_hand}")
+    require("://" in url, f"{path} is missing and has no lasting address; fetch it by hand")
+    print(f"fetching {url}", file=sys.stderr)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part, problem = path.with_name(path.name + ".part"), "what came is no zip"
     retry = urllib3.Retry(4, backoff_factor=0.3, status_forcelist=[429, 500, 502, 503, 504])
     session = requests.Session()
-    session.mount(url[:url.index("//") + 2], requests.adapters.HTTPAdapter(max_retries=retry))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    session.mount(url[:url.index("//")], requests.adapters.HTTPAdapter(max_retries=retry))
     for attempt in range(6):
-        if zipfile.is_zipfile(part):
-            return os.replace(part, path)
         with open(part, "ab") as file:
             headers = {"Accept-Encoding": "identity", "Range": f"bytes={file.tell()}-"}
             try:
                 answer = session.get(url, headers=headers, stream=True, timeout=60)
-            except requests.RequestException as error:
-                raise UserError(f"{url} can't be reached ({error}); {by_hand}") from None
-            if answer.status_code == 416:          # all of it came, and it is no zip
-                part.unlink()
-            require(answer.ok and "html" not in answer.headers.get("Content-Type", ""),
-                    f"{url} answered '{answer.status_code} {answer.reason}' and no zip; {by_hand}")
-            if answer.status_code != 206:          # not from there: from the beginning
-                file.truncate(0)
-            with contextlib.suppress(requests.RequestException):         # cut: ask for the rest
-                for i, block in enumerate(answer.iter_content(1 << 16)):
+                if answer.status_code in (200, 416):     # not from there: from the beginning
+                    file.truncate(0)
+                answer.raise_for_status()
+                for block in answer.iter_content(1 << 16):
                     file.write(block)
-                    if i % 512 == 511:
-                        print(f"{path.name}: {i + 1 >> 4} MB came", file=sys.stderr)
-    raise UserError(f"{url}: no whole zip in six attempts; run it again to go on, or {by_hand}")
+            except requests.RequestException as error:
+                problem = error
+        if zipfile.is_zipfile(part):
+            return os.replace(part, path)
+    raise UserError(f"{url}: {problem}; run it again to go on, or fetch it by hand to {path}")
 
-@functools.lru_cache(maxsize=8)
-def open_zips(path):
-    """The zip at `path` and the zips in it, opened; nothing is unpacked to disk."""
-    try:
-        zips = [zipfile.ZipFile(path)]
-        inner = [info for info in zips[0].infolist() if info.filename.endswith(".zip")]
-        require(sum(info.file_size for info in inner) <= ZIP_LIMIT, "the zips in it are too large")
-        zips += [zipfile.ZipFile(io.BytesIO(zips[0].read(info))) for info in inner]
-        size = sum(info.file_size for z in zips for info in z.infolist())
-        require(size <= max(ZIP_LIMIT, 200 * os.stat(path).st_size), f"{size >> 30} GiB, inflated")
-    except Exception as error:
-        raise UserError(f"{path} can't be read as a zip archive ({error}); replace it") from None
-    return zips
+@functools.lru_cache(maxsize=1)
+def open_zips(paths):
+    """{name of a file: the zip that holds it} of the zips `paths` and of the zips in these."""
+    files = {}
+    for path in paths:
+        try:
+            zips = [zipfile.ZipFile(path)]
+            inner = [info for info in zips[0].infolist() if info.filename.endswith(".zip")]
+            require(sum(info.file_size for info in inner) <= ZIP_LIMIT, "a zip in it is too large")
+            zips += [zipfile.ZipFile(io.BytesIO(zips[0].read(info))) for info in inner]
+            size = sum(info.file_size for z in zips for info in z.infolist())
+            require(size <= max(ZIP_LIMIT, 200 * os.stat(path).st_size), "it inflates too far")
+        except Exception as error:
+            raise UserError(f"{path} can't be read as a zip ({error}); replace it") from None
+        files |= {name: z for z in zips for name in z.namelist()}
+    return files
 
-def parts_of(what, raw, archives, settings):
+def parts_of(archives, raw, settings):
     """What is read on its own, mostly a user: {part: names of its files}, in order."""
-    parts, limit = {}, settings["limit_users"]
+    what, limit, parts = settings["source"], settings["limit_users"], {}
     require(limit is None or limit > 0, "--limit-users: take 1 or more")
     if what == "simulated":
         parts = {f"{user:03d}": [] for user in range(settings["users"])}
     if what == "folder":
         files = [path for path in Path(raw).glob("[!.]*") if path.suffix in (".csv", ".npz")]
         parts = {path.stem: [path] for path in files}
-        require(files, f"--raw {raw} holds no .npz or .csv file")
-        require(len(parts) == len(files), f"{raw} has a user both as .csv and as .npz; keep one")
-    for path, _, name in archives:
-        found = {member: match[1] for z in open_zips(path) for member in z.namelist()
-                 if (match := re.search(SOURCES[name].members, member))}
-        require(found, f"{path} holds no file named as in the published archive; replace it")
-        for member, part in found.items():
-            user = f"{name}_{part:0>2}" if name in POOL else part
-            parts.setdefault(user, []).append(member)
+        require(len(parts) == len(files), f"--raw {raw} has a user as .csv and as .npz; keep one")
+    for name, file in open_zips(archives).items():
+        if match := re.search(SOURCES[what].members, name):
+            require(file.getinfo(name).file_size <= MEMBER_LIMIT, f"{name} inflates too far")
+            parts.setdefault(match[1].zfill(2), []).append(name)
+    require(parts, f"--raw {raw} holds nothing that can be read as {SOURCES[what].text}")
     open_zips.cache_clear()                        # each process opens the archives for itself
     return dict(sorted(parts.items())[:limit if what != "ucihar" else None])   # (train and test)
 
-def read_part(what, archives, settings, part, names):
+def read_part(archives, settings, part, names):
     """Read and cut one part, in a process of its own."""
-    parser = (part if what == "pool" else what).split("_")[0]
+    what, files = settings["source"], open_zips(archives)
+    parser = globals()[what.split("_")[0]]
     try:
-        zips = {name: z for path, *_ in archives for z in open_zips(path) for name in z.namelist()}
-
-        def read(name):
-            size = zips[name].getinfo(name).file_size            # zipfile gives no more than that
-            require(size <= MEMBER_LIMIT, f"{name} inflates to {size >> 20} MiB; replace its zip")
-            return zips[name].read(name)
-        return cut(globals()[parser](part, names, read, settings), SOURCES[what].length)
+        recordings = parser(part, names, lambda name: files[name].read(name), settings)
+        return cut(recordings, SOURCES[what].length)
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{part} can't be read as {parser} ({error!r}); replace it") from None
+        wanted = " ".join(parser.__doc__.split())
+        raise UserError(f"{part} of {what} can't be read ({error}); wanted: {wanted}") from None
 
 def start_process():
     """In a new process: leave Ctrl-C to the parent, and end when the parent ends."""
@@ -471,125 +412,116 @@ def start_process():
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
-def write_set(what, raw, archives, settings, out):
+def write_set(archives, raw, settings, out):
     """Read the parts side by side and append their windows to a file as they come -> the meta."""
     import scipy.interpolate, scipy.signal         # once, before the processes are forked
-    source, parts = SOURCES[what], parts_of(what, raw, archives, settings)
-    read = functools.partial(read_part, what, archives, settings)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    rows, channels, left_out, test_users = [], set(), Counter(), {}
-    with open(out / "windows.npy", "wb") as file, ProcessPoolExecutor(
-            max(1, min(cores, len(parts))), initializer=start_process) as pool:
+    what, parts = settings["source"], parts_of(archives, raw, settings)
+    source, read = SOURCES[what], functools.partial(read_part, archives, settings)
+    rows, channels, left_out, test_users = [], set(), Counter(), None
+    with (open(out / "windows.npy", "wb") as file,
+          ProcessPoolExecutor(min(8, os.cpu_count()), initializer=start_process) as pool):
         file.write(bytes(128))                     # room for the header
         results = pool.map(read, parts, parts.values())
-        for part, (windows, part_rows, part_left_out) in zip(parts, results):
-            require(part_rows or what != "folder", f"{part} has too few samples for {SECONDS} s "
-                    "without a gap (is t in seconds?); leave this user out")
+        for part, (windows, part_rows, reasons) in zip(parts, results):
+            require(part_rows or what != "folder", f"{part} is too short (is t in seconds?)")
             file.write(windows.tobytes())
             rows += part_rows
-            left_out += part_left_out
+            left_out += reasons
             channels |= {windows.shape[1]} - {0}
-            test_users |= dict(part_rows if part == "test" else {})
-            if len(rows) % 2000 < len(windows):
-                print(f"{what}: {len(rows)} windows so far", file=sys.stderr)
+            if part == "test":                     # the official one of UCI HAR
+                test_users = list(dict(part_rows))
+            print(f"{what}: {len(rows)} windows", end="\r", file=sys.stderr)
         require(rows, f"{what} has no window of {source.length / RATE} s: {dict(left_out)}")
         require(len(channels) == 1, "some users have both sensors, some have one; keep them apart")
         shape = (len(rows), *channels, source.length)
+        header = {"descr": "<f2", "fortran_order": False, "shape": shape}
         file.seek(0)
-        np.lib.format.write_array_header_1_0(
-            file, {"descr": "<f2", "fortran_order": False, "shape": shape})
+        np.lib.format.write_array_header_1_0(file, header)
     names = sorted(dict(rows), key=int) if what == "ucihar" else list(dict(rows))
-    classes = list(source.classes) or sorted({label for _, label in rows} - {""}) * (what != "pool")
+    classes = list(source.classes) or sorted({label for _, label in rows} - {""})
     users = np.array([names.index(user) for user, _ in rows])
-    labels = np.array([classes.index(label) if label in classes else -1 for _, label in rows])
+    labels = np.array([classes.index(label) if label else -1 for _, label in rows])
     np.save(out / "users.npy", users)
     np.save(out / "labels.npy", labels)
     own = {"folder": Path(raw).resolve().name, "simulated": f"simulated-{settings.get('seed')}"}
     sources = [own.get(what, what.split("_")[0])] * len(names)
     if all(name.find("_") > 0 for name in names):
         sources = [name.split("_")[0] for name in names]
-    return {"rate": RATE, "seconds": source.length / RATE, "channels": CHANNELS[:max(channels)],
+    return {"rate": RATE, "seconds": source.length / RATE, "channels": CHANNELS[:shape[1]],
             "users": names, "sources": sources, "classes": classes, "windows": len(rows),
             "hours": len(rows) * source.length / RATE / 3600, "left_out": left_out,
-            "origin": "; ".join([source.text, *source.archives]),
-            "test_users": list(test_users) or None,
+            "origin": "; ".join([source.text, *source.archives]), "test_users": test_users,
             "fingerprint": fingerprint(np.load(out / "windows.npy", mmap_mode="r"), users, labels)}
 
-def prepare(what, name, raw, flags, limit=None, force=False, root="data"):
+def prepare(name, settings, raw, force=False):
     """Make data/NAME/, unless it stands there with the same settings. An old set stays until the
     new one is complete; what a killed process left is removed by the next."""
-    target, work = Path(root) / name, Path(root) / f".{name}.partial"
-    settings = {"source": what, **flags, "limit_users": limit}
-    archives = [(Path(raw) / url.split("/")[-1], url, each)
-                for each in (POOL if what == "pool" else [what]) for url in SOURCES[each].archives]
+    what, target = settings["source"], Path("data") / name
+    work, old = (target.with_name(f".{name}.{state}") for state in ("partial", "old"))
+    urls = {Path(raw) / url.split("/")[-1]: url for url in SOURCES[what].archives}
     if what == "folder":
-        parts = parts_of(what, raw, [], settings).items()
+        parts = parts_of((), raw, settings).items()
         settings["recordings"] = {part: zlib.crc32(path.read_bytes()) for part, [path] in parts}
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(exist_ok=True)
     with open(target.with_name(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)           # a second process waits, then finds it prepared
-        require((target / "meta.json").is_file() or not target.exists(),
-                f"{target} is no prepared set; give another --name")
-        if target.exists() and not force:
-            made = load_one(name, root).meta["settings"]
-            differ = [f"{key} {made.get(key)}"[:60] for key in made | settings
-                      if made.get(key) != settings.get(key)]
-            require(not differ, f"{target} is prepared already, but with {', '.join(differ)}; give "
-                    "another --name, or --force to replace it")
-            return print("prepared already:", describe(name, root))
-        for path, url, _ in archives:
-            path.is_file() or download(url, path)
+        if old.exists() and not target.exists():   # killed between the two renames below
+            os.rename(old, target)
+        shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(work, ignore_errors=True)
+        require(not target.exists() or (target / "meta.json").is_file(), f"{target} is no data set")
+        if target.exists() and not force:
+            made = load_one(name).meta["settings"]
+            differ = [key for key in made | settings if made.get(key) != settings.get(key)]
+            require(not differ, f"{target} has another {', '.join(differ)}: give --name or --force")
+            return print("prepared already:", describe(name))
+        for path, url in urls.items():
+            path.is_file() or download(url, path)
         try:
             work.mkdir()
-            meta = write_set(what, raw, archives, settings, work)
-            write_json(work / "meta.json", {"name": name, **meta, "settings": settings,
-                                            "provenance": provenance()})
-            shutil.rmtree(target, ignore_errors=True)
+            meta = {"name": name, **write_set(tuple(urls), raw, settings, work)}
+            meta |= {"settings": settings, "provenance": provenance()}
+            write_json(work / "meta.json", meta)
+            if target.exists():
+                os.rename(target, old)
             os.rename(work, target)
+            shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-    print(describe(name, root))
+    print(describe(name))
 
 # ---------------------------------------------------------------- load; who is held out, who drawn
 Prepared = namedtuple("Prepared", "windows users labels meta")   # (n, C, T), (n,), (n,), a dict
+KEYS = {*"rate seconds channels users sources classes hours test_users settings".split()}
 
 def load(name, root="data"):
     """The prepared set `name`, or several as one ("a+b"): users side by side, classes by name."""
+    if "+" not in name:
+        return load_one(name, root)
     sets = [load_one(part, root) for part in name.split("+")]
-    if len(sets) == 1:
-        return sets[0]
     metas = [each.meta for each in sets]
-    for key in ("rate", "seconds", "channels"):
-        values = [meta[key] for meta in metas]
-        require(values.count(values[0]) == len(sets), f"{name}: {key} differ, {values}")
-    meta = {key: sum((meta[key] for meta in metas), []) for key in ("users", "sources", "classes")}
-    twice = len(meta["users"]) - len(set(people(meta)))
-    require(not twice, f"{name}: {twice} people are in several of these sets; leave one out")
-    classes = sorted(set(meta["classes"]))
+    meta = {key: metas[0][key] for key in ("rate", "seconds", "channels")}
+    require(all(meta.items() <= each.items() for each in metas), f"{name}: {[*meta]} differ")
+    meta |= {key: sum((each[key] for each in metas), []) for key in ("users", "sources")}
+    require(len({*people(meta)}) == len(meta["users"]), f"{name}: a person is in two of these sets")
+    classes = sorted({label for each in metas for label in each["classes"]})
     first = np.cumsum([0] + [len(each["users"]) for each in metas])
     codes = [np.array([*map(classes.index, each["classes"]), -1]) for each in metas]
     windows = np.concatenate([each.windows for each in sets])
     users = np.concatenate([each.users + index for each, index in zip(sets, first)])
     labels = np.concatenate([code[each.labels] for each, code in zip(sets, codes)])  # none stays -1
-    return Prepared(windows, users, labels, metas[0] | meta | {
-        "name": name, "classes": classes, "test_users": None, "left_out": {}, "settings": {},
-        "hours": sum(each["hours"] for each in metas), "windows": len(windows), "origin": name,
+    return Prepared(windows, users, labels, meta | {
+        "name": name, "classes": classes, "test_users": None, "windows": len(windows),
+        "hours": sum(each["hours"] for each in metas),
         "fingerprint": fingerprint(windows, users, labels)})
 
-def load_one(name, root):
+def load_one(name, root="data"):
     folder = Path(root) / name
-    kinds = {"users": list, "sources": list, "classes": list, "channels": list, "settings": dict,
-             "left_out": dict, "hours": (int, float)}
-    require((folder / "meta.json").is_file(), f"'{name}' is not prepared in {root}/; python data.py"
-            " lists what is prepared and what can be")
+    require((folder / "meta.json").is_file(), f"{folder} is not prepared: see python data.py")
     try:
         meta = json.loads((folder / "meta.json").read_text())
         arrays = [np.load(folder / f"{part}.npy", mmap_mode="r") for part in Prepared._fields[:3]]
-        whole = (all(isinstance(meta[key], kind) for key, kind in kinds.items())
-                 and fingerprint(*arrays) == meta["fingerprint"]
-                 and len(meta["sources"]) == len(meta["users"]) > max(arrays[1])
-                 and len(meta["classes"]) > max(arrays[2]))
+        whole = fingerprint(*arrays) == meta["fingerprint"] and KEYS <= set(meta)
     except (OSError, EOFError, ValueError, TypeError, LookupError):      # cut off, other shapes
         whole = False
     require(whole, f"{folder} is damaged or was changed; prepare the set again with --force")
@@ -598,8 +530,8 @@ def load_one(name, root):
 def fingerprint(windows, users, labels):
     """sha256 over users, labels and 4,096 windows, evenly spread: quick, and notices a change."""
     digest = hashlib.sha256(f"{windows.shape} {windows.dtype}".encode())
-    some = np.linspace(0, len(windows) - 1, min(len(windows), 4096)).astype(int)
-    for array in (users.astype("<i8"), labels.astype("<i8"), windows[some]):
+    chosen = np.linspace(0, len(windows) - 1, min(len(windows), 4096)).astype(int)
+    for array in (users.astype("<i8"), labels.astype("<i8"), windows[chosen]):
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
 
@@ -632,8 +564,7 @@ def training_users(meta, seed):
     queues = [rng.permutation([user for user, other in enumerate(meta["sources"])
                                if other == source and user not in held_out]).tolist()
               for source in sorted(set(meta["sources"]))]
-    require(any(queues), f"all users of '{meta['name']}' are held out (20 % of each source, at "
-            "least 2; in a folder, what stands before the first _ is the source): add users")
+    require(any(queues), f"{meta['name']}: all are held out (2 or more of each source): add users")
     turns = itertools.zip_longest(*[queues[i] for i in rng.permutation(len(queues))])
     return [user for turn in turns for user in turn if user is not None]
 
@@ -654,85 +585,74 @@ def select_sensors(channels, sensors):
     return chosen
 
 def scaled(windows, channels):
-    """(n, C, T) in g and rad/s -> float32, divided by 0.7 g and 1.05 rad/s. Nothing is subtracted,
-    so that a loss means the same in every set and cell."""
+    """(n, C, T) in g and rad/s -> float32, divided by 0.7 g and 1.05 rad/s in every set."""
     scale = [[SCALE[channel.split("_")[0]]] for channel in channels]                # (C, 1)
     return windows.astype(np.float32) / np.float32(scale)
 
 def random_rotation(x, angle, rng):
     """Windows x (n, C, T), both sensors rotated alike, about a random axis by about `angle` rad."""
-    from scipy.spatial.transform import Rotation
     vectors = angle * rng.standard_normal((len(x), 3))
-    matrices = Rotation.from_rotvec(vectors).as_matrix().astype(x.dtype)            # (n, 3, 3)
+    matrices = scipy.spatial.transform.Rotation.from_rotvec(vectors).as_matrix().astype(x.dtype)
     return (matrices[:, None] @ x.reshape(len(x), -1, 3, x.shape[2])).reshape(x.shape)
 
 # ---------------------------------------------------------------- overview, plot, the command line
-def describe(name, root):
+def describe(name):
     """A prepared set in a line, and what was left out of it."""
-    meta = load_one(name, root).meta
-    left_out = "".join(f"; left out: {n} {reason}" for reason, n in meta["left_out"].items())
-    return (f"{name}: {len(meta['users'])} users, {meta['hours']:.2f} hours, {meta['windows']} "
-            f"windows, {len(meta['classes'])} classes, {meta.get('origin')}{left_out}")
+    meta = load_one(name).meta
+    size = f"{len(meta['users'])} users, {meta['hours']:.2f} hours, {meta['windows']} windows"
+    left_out = [f"left out: {n} {reason}" for reason, n in meta["left_out"].items()]
+    return "; ".join([f"{name}: {size}, {len(meta['classes'])} classes", meta["origin"], *left_out])
 
-def overview(root="data"):
-    """Print the prepared sets, and what else can be prepared."""
-    names = sorted(path.parent.name for path in Path(root).glob("[!.]*/meta.json"))
-    lines = [describe(name, root) for name in names]
-    lines += [f"{name} (not prepared): {source.text}" for name, source in SOURCES.items()
-              if name not in names]
-    print(*lines, sep="\n")
-
-def plot(name, root="data"):
-    """Draw three windows of each class."""
+def plot(name):
+    """Draw three windows of each class, one after another."""
     from matplotlib import pyplot as plt
-    windows, users, labels, meta = load_one(name, root)
-    kinds, sensors = np.unique(labels), len(meta["channels"]) // 3
-    fig, axes = plt.subplots(len(kinds), 3 * sensors, squeeze=False, layout="constrained",
-                             figsize=(7.5 * sensors, 1.4 * len(kinds) + 1))
-    for label, row in zip(kinds, axes):
+    windows, _, labels, meta = load_one(name)
+    kinds = np.unique(labels)
+    fig, axes = plt.subplots(len(kinds), figsize=(14, 1.5 * len(kinds) + 1), squeeze=False,
+                             layout="constrained")
+    for label, ax in zip(kinds, axes.flat):
         chosen = random_stream("plot", label).choice(np.flatnonzero(labels == label), 3)
-        for i, ax in enumerate(row):
-            window, sensor = chosen[i // sensors], i % sensors
-            x = windows[window, 3 * sensor:3 * sensor + 3].T     # (T, 3)
-            ax.plot(np.arange(len(x)) / meta["rate"], x, lw=0.8, label=["x", "y", "z"])
-            text = [*meta["classes"], "no label"][label]
-            ax.set_title(f"{text}, user {meta['users'][users[window]]}, {['g', 'rad/s'][sensor]}",
-                         fontsize=8, loc="left")
-    axes[0, 0].legend(fontsize=7, ncols=3)
-    with replacing(Path(root) / name / "plot.png") as temporary:
-        fig.savefig(temporary, dpi=90)
-    print(f"{Path(root) / name / 'plot.png'} shows {3 * len(kinds)} windows")
+        x = np.hstack(windows[chosen]).T           # (3 T, C)
+        ax.plot(np.arange(len(x)) / meta["rate"], x, lw=0.8, label=meta["channels"])
+        ax.set(title=[*meta["classes"], "no label"][label], ylabel="g, rad/s")
+    axes[0, 0].legend(ncols=6, fontsize=7)
+    fig.savefig(Path("data") / name / "plot.png", dpi=90)
+    print(f"data/{name}/plot.png shows {3 * len(kinds)} windows")
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag, default = parser.add_argument, " (default: %(default)s)"
-    flag("what", nargs="?", choices=[*SOURCES, "plot"], metavar="what",
+    flag("source", nargs="?", choices=[*SOURCES, "plot"], metavar="what",
          help="the set to prepare, or 'plot'; without it all sets are listed")
     flag("which", nargs="?", default="", help="with 'plot': the prepared set to draw")
-    flag("--raw", default="data/raw", metavar="DIR",
-         help="folder of the archives (what is missing is downloaded) or recordings" + default)
+    flag("--raw", default="data/raw", help="folder of the archives or the recordings" + default)
     flag("--name", help="prepare it as data/NAME/ (default: what the set is called)")
     flag("--limit-users", type=int, metavar="N", help="only the first N users, for a quick look")
     flag("--force", action="store_true", help="replace what is prepared; without, it is left alone")
     flag = parser.add_argument_group("simulated").add_argument
     flag("--users", type=int, default=40, help="number of people" + default)
     flag("--hours-per-user", type=float, default=0.5, help="hours recorded of each" + default)
-    flag("--spread", type=float, default=1.0,
-         help="how much people differ; 0: clones, of whom one teaches as much as many" + default)
+    flag("--spread", type=float, default=1.0, help="how much people differ; 0: clones" + default)
     flag("--seed", type=int, default=0, help="another seed, other people" + default)
     flag = parser.add_argument_group("folder").add_argument
     flag("--acc-unit", choices=("g", "m/s2"), default="g", help="in your files" + default)
     flag("--gyro-unit", choices=("rad/s", "deg/s"), default="rad/s", help="in your files" + default)
     args = parser.parse_args()
-    if args.what is None or args.what == "plot":
-        return plot(args.which) if args.what else overview()
-    own = {"simulated": ("users", "hours_per_user", "spread", "seed"),
-           "folder": ("acc_unit", "gyro_unit")}.get(args.what, ())
-    flags, name = {key: getattr(args, key) for key in own}, args.name or args.what
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name == "raw":
-        parser.error(f"--name {name}: take letters, digits, _ - and . ('raw' is for archives)")
-    prepare(args.what, name, args.raw, flags, args.limit_users, args.force)
+    if args.source == "plot":
+        return plot(args.which)
+    if args.source is None:
+        names = sorted(path.parent.name for path in Path("data").glob("[!.]*/meta.json"))
+        lines = [describe(name) for name in names]
+        lines += [f"{name} (not prepared): {source.text}" for name, source in SOURCES.items()
+                  if name not in names]
+        return print(*lines, sep="\n")
+    own = {"simulated": ["users", "hours_per_user", "spread", "seed"],
+           "folder": ["acc_unit", "gyro_unit"]}.get(args.source, [])
+    settings = {key: getattr(args, key) for key in ["source", *own, "limit_users"]}
+    name = args.name or args.source
+    require(re.fullmatch(r"[A-Za-z0-9][\w.-]*", name), f"--name {name}: take letters and digits")
+    prepare(name, settings, args.raw, args.force)
 
 if __name__ == "__main__":
     command(main)
