@@ -120,7 +120,7 @@ class Fit:
 def fit(table, shape, y, near=None):
     """Fit a shape to `table` {column: (n,)}; `near`, the fit to a similar table, saves time."""
     u, log_y, T, k = logs(table, shape), np.log(table[y]), len(shape.terms), len(shape.x)
-    fitted = replace(near) if near else Fit(
+    fitted = replace(near, shape=shape) if near else Fit(
         shape, None, (u.max(1) + u.min(1)) / 2, np.ptp(u, 1) / 2, math.exp(log_y.mean()))
     problem = fitted.scaled(table), log_y - math.log(fitted.unit), shape
     steepest = [.999 if shape.curve == ("logarithm", x) else 20 for x in shape.x]
@@ -223,8 +223,9 @@ def candidates(table, varied, y, floor):
         shapes["M2, data and parameters coupled"] = replace(added, coupled=True)
     if data == DATA:
         hours, caps = Shape((("data",), *rest), floor, enough=1e9), table["hours_per_user"]
-        fewer = min((replace(hours, enough=enough) for enough in np.geomspace(
-            caps.min() / 4, caps.max() * 10, 12)), key=lambda one: fit(table, one, y).objective)
+        trials = np.geomspace(caps.min() / 4, caps.max() * 10, 12)
+        fewer, near = [replace(hours, enough=enough) for enough in trials], fit(table, hours, y)
+        fewer = min(fewer, key=lambda one: fit(table, one, y, near).objective)
         shapes |= {"M0, only hours in all count": hours,
                    "MA, a term for each factor": Shape(tuple((x,) for x in varied), floor),
                    "MC, hours of a person count less and less": fewer,
@@ -342,7 +343,7 @@ def interaction(study):
     worse = any(predicts_worse(law, other, x) for x in law.held)
     return verdict("larger models need more data", "What a tenfold model saves in log loss grows, "
                    "per doubling of the hours in all, by", partial(size_gap, y=study.y),
-                   resampled(rows, study.y), against="; but M1 predicts better" * worse)
+                   resampled(rows, study.y), against="; but uncoupled predicts better" * worse)
 
 def capacity(law, plan):
     """The smallest model that no larger one beats by more than 1 %."""

@@ -280,20 +280,20 @@ def test_cells_that_cannot_be_used_are_named_and_left_out(tmp_path, capsys):
     assert f"{first.name} {second.name}" in capsys.readouterr().out
     (runs / "u96-h1-64x3x4-s0").mkdir()
     assert used(unexplained=.1) == 50
-    assert "1 of 51 cells are not done: u96-h1-64x3x4-s0" in capsys.readouterr().out
+    assert "u96-h1-64x3x4-s0 is not done" in capsys.readouterr().out
 
 # ---------------------------------------------------------------- bad input
 ROWS = [f"{2 ** i},{3 ** (i % 4)},{1 + 2 ** -i}" for i in range(9)]
 GOOD = "\n".join(["x,z,loss", *ROWS]) + "\n"
 BAD = {
     "four rows": ("\n".join(["x,z,loss", *ROWS[:4]]), "4 rows"),
-    "two values": ("x,loss\n" + "1,3\n2,2\n" * 4, "2 value"),
+    "two values": ("x,loss\n" + "1,3\n2,2\n" * 4, "too few values of x"),
     "zero": (GOOD.replace("\n8,", "\n0,"), "line 5"),
     "not finite": (GOOD.replace("\n8,", "\nnan,"), "line 5"),
     "text": (GOOD.replace("\n8,", "\neight,"), "must be a number"),
     "no such column": (GOOD.replace("x,", "y,", 1), "no column 'x'"),
     "a column twice": (GOOD.replace("x,z", "x,x", 1), "twice"),
-    "ragged": (GOOD + "1,2\n", "line 11: it takes 3 fields"),
+    "ragged": (GOOD + "1,2\n", "line 11: the header has 3 fields"),
     "only a header": ("x,z,loss\n", "no rows"),
     "empty": ("", "no rows"),
     "binary": ("\udcff\udcfe\x00", "CSV")}
