@@ -120,8 +120,9 @@ class Fit:
 def fit(table, shape, y, near=None):
     """Fit a shape to `table` {column: (n,)}; `near`, the fit to a similar table, saves time."""
     u, log_y, T, k = logs(table, shape), np.log(table[y]), len(shape.terms), len(shape.x)
+    middle, half = (u.max(1) + u.min(1)) / 2, np.maximum(np.ptp(u, 1) / 2, .01)
     fitted = replace(near, shape=shape) if near else Fit(
-        shape, None, (u.max(1) + u.min(1)) / 2, np.ptp(u, 1) / 2, math.exp(log_y.mean()))
+        shape, None, middle, half, math.exp(log_y.mean()))
     problem = fitted.scaled(table), log_y - math.log(fitted.unit), shape
     steepest = [.999 if shape.curve == ("logarithm", x) else 20 for x in shape.x]
     bounds = [(0, 10 * shape.floor), *[(-40, 40)] * T, *[(0, alpha) for alpha in steepest],
