@@ -131,20 +131,21 @@ def logistic_regression(x, y, l2, start, tolerance):
     loss there (about 0.3 variance + l2): the same minimum in half the steps."""
     variance, axes = torch.linalg.eigh(x.mT @ x / len(x))
     axes = axes * (0.3 * variance.clamp(min=0) + l2).rsqrt()                   # (F, F)
-    z, truth = x @ axes, nn.functional.one_hot(y, start.shape[1]).to(x.dtype)
+    z = (x @ axes).mT.contiguous()                                             # (F, n)
+    truth = nn.functional.one_hot(y, start.shape[1]).mT.to(x).contiguous()     # (K, n)
 
     def loss(flat):
-        v = torch.from_numpy(flat).to(x.dtype).view_as(start)
-        log_p, w = (z @ v[:-1] + v[-1]).log_softmax(1), axes @ v[:-1]
+        v = torch.from_numpy(flat).to(x).view(len(truth), -1)                  # (K, F + 1)
+        log_p, w = (v[:, :-1] @ z + v[:, -1:]).log_softmax(0), v[:, :-1] @ axes.mT
         error = (log_p.exp() - truth) / len(y)                                 # by the logits
         value = -(log_p * truth).sum() / len(y) + l2 / 2 * w.square().sum()
-        slopes = torch.cat([z.mT @ error + l2 * axes.mT @ w, error.sum(0, keepdim=True)])
+        slopes = torch.cat([error @ z.mT + l2 * w @ axes, error.sum(1, keepdim=True)], dim=1)
         return value.item(), slopes.double().numpy().ravel()
 
-    v = torch.cat([torch.linalg.solve(axes, start[:-1]), start[-1:]])
+    v = torch.cat([torch.linalg.solve(axes, start[:-1]), start[-1:]]).mT
     options = {"maxiter": 5000, "maxcor": 20, "gtol": tolerance, "ftol": 0}
     best = minimize(loss, v.double().ravel(), method="L-BFGS-B", jac=True, options=options).x
-    v = torch.from_numpy(best).to(x.dtype).view_as(start)
+    v = torch.from_numpy(best).to(x).view(len(truth), -1).mT
     return torch.cat([axes @ v[:-1], v[-1:]])
 
 def fit_probe(x, y, classes, fit, validation, final):
