@@ -430,7 +430,8 @@ def write_set(archives, raw, settings, out):
             channels |= {windows.shape[1]} - {0}
             if part == "test":                     # the official one of UCI HAR
                 test_users = list(dict(part_rows))
-            print(f"{what}: {len(rows)} windows", end="\r", file=sys.stderr)
+            if len(rows) % 2000 < len(windows):
+                print(f"{what}: {len(rows)} windows so far", file=sys.stderr)
         require(rows, f"{what} has no window of {source.length / RATE} s: {dict(left_out)}")
         require(len(channels) == 1, "some users have both sensors, some have one; keep them apart")
         shape = (len(rows), *channels, source.length)

@@ -522,7 +522,8 @@ def report(entries, verdicts):
     print("\n{y} = {form}   ({n} rows, objective {objective:.9g})".format(**first))
     for key in ("E", "A", "alpha", "delta"):
         if key in first:
-            print(f"  {key:6}", np.round(first[key], 4), (first["ci95"] or {}).get(key, ""))
+            ends = (first["ci95"] or {}).get(key, [])
+            print(f"  {key:6}", np.round(first[key], 4), *np.round(ends, 4).tolist())
     for one in entries:
         held = ", ".join("{column} {rms_relative_error:.1%}".format(**each)
                          for each in one["held_out"].values())
@@ -605,8 +606,9 @@ def draw(title, x, y, groups, law=None):
     ax.spines[["top", "right"]].set_visible(False)
     if x in (*FACTORS, "hours", "flops"):
         ax.set_xscale("log")
-        ax.xaxis.set(major_locator=ticker.LogLocator(subs=(1,) if x == "flops" else (1, 3)),
-                     major_formatter="{x:,.7g}", minor_formatter=ticker.NullFormatter())
+        ax.xaxis.set(major_formatter="{x:,.7g}", minor_formatter=ticker.NullFormatter())
+        if law:                              # a tick at each setting
+            ax.set_xticks(np.unique([at for rows in groups.values() for at in setting(rows, x)]))
     ends = []
     for (name, rows), colour in zip(groups.items(), COLOURS):
         at = np.unique(setting(rows, x), return_index=True)[1]

@@ -19,7 +19,7 @@ quick="--patch 10 --mask-ratio 0.5 --patience 0.15 --batch 32 --lr 0.05"      # 
 [ "$DATA" != simulated ] || : "${PROBES=simulated}" "${FLAGS=$quick}"
 users=(${USERS:-6 12 24})                        # training users, or all
 hours=(${HOURS:-0.0125 0.025 0.05})              # hours per user at most, or all
-models=(${MODELS:-16x2x2})                       # width x depth x heads
+models=(${MODELS:-16x1x2})                       # width x depth x heads
 seeds=(${SEEDS:-0 1 2})                          # each draws users, weights, batches and masks
 STEPS=${STEPS:-20000}                            # a cell ends when its loss stops falling, or here
 FLAGS=${FLAGS-}                                  # more flags of pretrain.py: "--rotate 0.5"
