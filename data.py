@@ -6,7 +6,7 @@ Recordings to windows: every data set of the study, cut in the same way.
       -> windows (n, C, T)           10 s = 200 samples, no overlap
       -> data/NAME/                  windows.npy float16, users.npy, labels.npy, meta.json
 
-    python data.py                                  # which sets there are, and which are prepared
+    python data.py                                  # all data sets, and which are prepared
     python data.py wisdm_watch                      # a published archive, downloaded if missing
     python data.py folder --raw my_recordings --name mine
     python data.py plot mine                        # a picture: data/mine/plot.png
@@ -19,18 +19,18 @@ from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import scipy                                       # its parts come when they are used
+import scipy                                       # submodules are imported at first use
 
 RATE, SECONDS = 20, 10                             # Hz, s: a window has 200 samples
 CHANNELS = ["acc_x", "acc_y", "acc_z", "gyro_x", "gyro_y", "gyro_z"]
 SCALE = {"acc": 0.7, "gyro": 1.05}                 # g, rad/s: the model's input is divided by it
 GRAVITY, DEGREE = 9.80665, np.pi / 180             # m/s^2 in 1 g, rad in 1 degree
-GAP, LARGEST = 0.5, 1e4                            # s without a sample, a value: more is an error
-MEMBER_LIMIT, ZIP_LIMIT = 64 << 20, 1 << 30        # bytes that a file, a zip may inflate to
+GAP, LARGEST = 0.5, 1e4                            # s: longer gaps cut; larger values are errors
+MEMBER_LIMIT, ZIP_LIMIT = 64 << 20, 1 << 30        # bytes: the most a file, a zip may unpack to
 
 # ---------------------------------------------------------------- the table of sources
-# members: which files are read; group 1 is the part, mostly a user. archives: their addresses, or a
-# mere name where no address lasts. classes: label i is classes[i]; (): the labels in the files.
+# members: pattern of the files to read; group 1 is the part, usually a user. archives: URLs, or
+# only a file name where no URL is stable. classes: label i is classes[i]; (): named in the files.
 Source = namedtuple("Source", "text members archives classes length", defaults=("", (), (), 200))
 UCI = "https://archive.ics.uci.edu/static/public/"
 UCIHAR = "WALKING", "WALKING_UPSTAIRS", "WALKING_DOWNSTAIRS", "SITTING", "STANDING", "LAYING"
@@ -41,7 +41,7 @@ EXTRASENSORY = "http://extrasensory.ucsd.edu/data/raw_measurements/ExtraSensory.
 MOTIONSENSE = "https://github.com/mmalekzadeh/motion-sense/raw/master/data/A_DeviceMotion_data.zip"
 SOURCES = {
     "simulated": Source("a simulated population"),
-    "folder": Source("own recordings: a folder with one .npz or .csv a user"),
+    "folder": Source("own recordings: a folder with one .npz or .csv per user"),
     "ucihar": Source("UCI HAR (Anguita 2013): 30 users, phone at the waist, 50 Hz, 2.56 s",
                      r"/(train|test)/.*\.txt$",
                      (UCI + "240/human+activity+recognition+using+smartphones.zip",), UCIHAR, 51),
@@ -72,9 +72,9 @@ def command(main):
     """Run `main()` as a command line: an error is one sentence on stderr, never a traceback."""
     try:
         sys.exit(main())
-    except BrokenPipeError:                        # `| head` has read enough
+    except BrokenPipeError:                        # the reader, such as `| head`, has ended
         os._exit(141)
-    except (UserError, OSError, BrokenExecutor) as error:        # OSError: a full disk, no rights
+    except (UserError, OSError, BrokenExecutor) as error:        # OSError: full disk, no permission
         message, status = error, 2
     except KeyboardInterrupt:
         message, status = "stopped; run the same command again", 130
@@ -110,12 +110,12 @@ def random_stream(*key):
 
 # ---------------------------------------------------------------- stamps to a clock, to windows
 def unbroken(t, x):
-    """A sensor without rows in error, cut where GAP s are missing: stretches [(t, x), ...]."""
+    """Drop invalid rows of t (n,), x (n, 3), cut at gaps above GAP s: stretches [(t, x), ...]."""
     kept = np.flatnonzero(np.isfinite(t) & (np.abs(x) < LARGEST).all(1))
     steps = np.diff(t[kept], prepend=-np.inf, append=np.inf)
-    kept = kept[(steps[:-1] < GAP) | (steps[1:] > 0)]            # not far ahead, for one row
+    kept = kept[(steps[:-1] < GAP) | (steps[1:] > 0)]            # no jump ahead, then back
     latest = np.maximum.accumulate(t[kept])
-    kept = kept[np.diff(latest, prepend=-np.inf) > 0]            # not repeated, not running back
+    kept = kept[np.diff(latest, prepend=-np.inf) > 0]            # no stamps repeat or run back
     steps, dropped = np.diff(t[kept]), np.diff(kept) - 1
     typical = np.median(steps) if len(steps) else 0
     cuts = np.flatnonzero((steps > GAP) | (dropped * typical > GAP)) + 1
@@ -123,7 +123,7 @@ def unbroken(t, x):
 
 def resample(t, x, start, n):
     """The signal x (rows, columns) with stamps t (s) at n ticks of the 20 Hz clock from `start`:
-    interpolated to an even grid of 80 Hz or more, low-passed without phase shift, thinned out."""
+    interpolated to an even grid of 80 Hz or more, low-passed without phase shift, decimated."""
     steps = np.diff(t)
     even = len(t) > 3 and steps.max() < 1.5 * np.median(steps) < 3 * steps.min()
     k = max(4, math.ceil(len(steps) / (t[-1] - t[0]) / RATE - 1e-6))
@@ -155,11 +155,10 @@ def cut(recordings, length):
     return windows, rows, +left_out
 
 # ---------------------------------------------------------------- a parser for each format
-# A new corpus is a row of SOURCES and a parser of the same name, which reads one part: given its
-# name, the names of its files, a function that returns the bytes of a file, and the settings, it
-# yields recordings (user, label, streams).
+# A new corpus is a row of SOURCES and a parser of the same name: given a part, its file names, a
+# function that returns the bytes of a file, and the settings, it yields (user, label, streams).
 def numbers(text, columns):
-    """(rows, columns) from bytes: numbers between blanks, commas or semicolons."""
+    """Bytes -> numbers (rows, columns); separators are blanks, commas and semicolons."""
     values = text.replace(b",", b" ").replace(b";", b" ").split()
     return np.fromiter(map(float, values), float).reshape(-1, columns)
 
@@ -196,7 +195,7 @@ def extrasensory(user, names, read, settings):
         try:
             acc = numbers(read(name), 4)
             gyro = numbers(read(name.replace("raw_acc", "proc_gyro")), 4)
-        except (KeyError, ValueError):             # no such file, or it holds a mere "nan"
+        except (KeyError, ValueError):             # no such file, or it holds only "nan"
             yield user, None, "recordings that a sensor lacks"
             continue
         norm = np.nanmedian(np.linalg.norm(acc[:, 1:], axis=1))
@@ -205,7 +204,7 @@ def extrasensory(user, names, read, settings):
         yield user, None, streams if unit else "recordings neither in g nor in m/s^2"
 
 def motionsense(user, names, read, settings):
-    """50 Hz; columns: index, attitude (3), gravity (3), rad/s (3), acceleration but gravity (3)."""
+    """50 Hz; columns: index, attitude (3), gravity (3), rad/s (3), user acceleration (3); g."""
     for name in names:
         table = numbers(read(name).partition(b"\n")[2], 13)
         x = np.hstack([table[:, 4:7] + table[:, 10:13], table[:, 7:10]])
@@ -235,7 +234,7 @@ def folder(user, names, read, settings):
     path = names[0]
     t, x, segment, label = (read_npz if path.suffix == ".npz" else read_csv)(path)
     good = (np.abs(x) < LARGEST).all(1) & np.isfinite(t)
-    require(good.all(), f"{path}, row {good.argmin() + 1}: no number or an impossible one; drop it")
+    require(good.all(), f"{path}, row {good.argmin() + 1}: missing or impossible value; drop it")
     acc, gyro = x[:, :3], x[:, 3:]                 # views: x changes with them
     acc /= GRAVITY if settings["acc_unit"] == "m/s2" else 1
     gyro *= DEGREE if settings["gyro_unit"] == "deg/s" else 1
@@ -250,7 +249,7 @@ def folder(user, names, read, settings):
 
 def read_npz(path):
     """Stamps (n,), signal (n, 6 or 3), segment (n,) and label (n,) as text."""
-    open_zips((path,))                             # refuses what would inflate without end
+    open_zips((path,))                             # refuses a file that unpacks to too much
     with np.load(path) as file:
         signal, rate = file["signal"].astype(float), file["rate"].item()
         n = len(signal)
@@ -261,7 +260,7 @@ def read_npz(path):
     return np.arange(n) / rate, signal, segment, label
 
 def read_csv(path):
-    """The same."""
+    """As `read_npz`; all rows are one segment."""
     load = functools.partial(np.loadtxt, path, delimiter=",", quotechar='"', ndmin=2,
                              encoding="utf-8-sig")
     header = [column.strip().lower() for column in load(dtype=str, max_rows=1)[0]]
@@ -282,20 +281,20 @@ ACTIVITIES = {  # lean, roll (rad), strides (x the person's), push (g), turn, fi
     "running":  (0.20, 0.00, 1.45, 0.90, 0.15, 0.03, 0.07),
     "cycling":  (0.60, 0.00, 0.70, 0.06, 0.17, 0.03, 0.08),
 }
-TRAITS = {  # average, deviation between people, shape (7 activities, 6 channels)
+TRAITS = {  # mean, standard deviation over people, shape (7 activities, 6 channels)
     "strides": (0.95, 0.09, ()),                   # a second; a stride is two steps
-    "tempo": (0, 0.1, 7),                          # log of a factor, in each activity
-    "vigour": (0, 0.25, 7),                        # log of a factor, in each activity
+    "tempo": (0, 0.1, 7),                          # log of a factor, for each activity
+    "vigour": (0, 0.25, 7),                        # log of a factor, for each activity
     "posture": (0, 0.15, (7, 2)),                   # rad, added to the activity's roll and lean
     "sizes": (-np.arange(6), 0.2, (6, 6)),         # log of the size of 1 to 6 x the stride
-    "phases": (np.arange(36).reshape(6, 6) ** 2 % 6.3, 0.25, (6, 6)),   # rad; any average will do
+    "phases": (np.arange(36).reshape(6, 6) ** 2 % 6.3, 0.25, (6, 6)),   # rad; any mean would do
     "habits": (0, 0.5, 7),                         # log of a factor of each activity's share
-    "mount": (0, 0.3, 3),                          # how the sensor is worn: rotation, rad
+    "mount": (0, 0.3, 3),                          # rotation of the sensor as worn, rad
     "bias": (0, np.repeat([0.02, 0.01], 3), 6),    # of the sensors, g and rad/s
 }
 
 def person(seed, user, spread):
-    """A person's traits: average + spread x deviation x a normal number, of a stream of its own."""
+    """Traits: average + spread x deviation x a normal number, each from its own random stream."""
     return {name: average + spread * deviation *
             random_stream(seed, "trait", name, user).standard_normal(shape)
             for name, (average, deviation, shape) in TRAITS.items()}
@@ -306,17 +305,17 @@ def simulated(user, names, read, settings, rate=40):
     acc = M R(angles)^-1 (0, 0, 1) + M push,   gyro = M d angles / dt   (for small angles)"""
     Rotation = scipy.spatial.transform.Rotation
     who = person(settings["seed"], user, settings["spread"])
-    rng = random_stream(settings["seed"], "day", user)           # clones, too, have own days
+    rng = random_stream(settings["seed"], "day", user)           # clones, too, have different days
     mount = Rotation.from_rotvec(who["mount"])
     style = np.exp(who["sizes"] + 1j * who["phases"])
     shares = np.array([row[-1] for row in ACTIVITIES.values()]) * np.exp(who["habits"])
-    left, now = round(settings["hours_per_user"] * 3600 / SECONDS), None
-    while left > 0:
+    windows_left, now = round(settings["hours_per_user"] * 3600 / SECONDS), None
+    while windows_left > 0:
         odds = shares * (np.arange(len(shares)) != now)
         now = rng.choice(len(odds), p=odds / odds.sum())
         label, (lean, roll, strides, push, turn, fidget, _) = list(ACTIVITIES.items())[now]
-        windows = min(left, rng.geometric(1 / 6))  # for a minute, on average
-        left -= windows
+        windows = min(windows_left, rng.geometric(1 / 6))  # a minute on average
+        windows_left -= windows
         t = np.arange(windows * SECONDS * rate) / rate
         tempo, vigour = np.exp(rng.normal([who["tempo"][now], who["vigour"][now]], [0.04, 0.12]))
         drift = 0.004 * np.cumsum(rng.standard_normal(len(t))) / np.sqrt(rate)
@@ -333,12 +332,12 @@ def simulated(user, names, read, settings, rate=40):
 
 # ---------------------------------------------------------------- prepare: fetch, read, write
 def download(url, path):
-    """Fetch `url` to `path` by way of `path`.part, going on where an earlier transfer was cut."""
+    """Fetch `url` to `path` through `path`.part; a transfer that was cut off is resumed."""
     import requests, urllib3
-    require("://" in url, f"{path} is missing and has no lasting address; fetch it by hand")
+    require("://" in url, f"{path} is missing and has no stable URL: download it by hand")
     print(f"fetching {url}", file=sys.stderr)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part, problem = path.with_name(path.name + ".part"), "what came is no zip"
+    part, problem = path.with_name(path.name + ".part"), "the server sent no zip file"
     retry = urllib3.Retry(4, backoff_factor=0.3, status_forcelist=[429, 500, 502, 503, 504])
     session = requests.Session()
     session.mount(url[:url.index("//")], requests.adapters.HTTPAdapter(max_retries=retry))
@@ -346,21 +345,21 @@ def download(url, path):
         with open(part, "ab") as file:
             headers = {"Accept-Encoding": "identity", "Range": f"bytes={file.tell()}-"}
             try:
-                answer = session.get(url, headers=headers, stream=True, timeout=60)
-                if answer.status_code in (200, 416):     # not from there: from the beginning
+                response = session.get(url, headers=headers, stream=True, timeout=60)
+                if response.status_code in (200, 416):     # no resuming: start again
                     file.truncate(0)
-                answer.raise_for_status()
-                for block in answer.iter_content(1 << 16):
+                response.raise_for_status()
+                for block in response.iter_content(1 << 16):
                     file.write(block)
             except requests.RequestException as error:
                 problem = error
         if zipfile.is_zipfile(part):
             return os.replace(part, path)
-    raise UserError(f"{url}: {problem}; run it again to go on, or fetch it by hand to {path}")
+    raise UserError(f"{url}: {problem}; run it again to resume, or download it by hand to {path}")
 
 @functools.lru_cache(maxsize=1)
 def open_zips(paths):
-    """{name of a file: the zip that holds it} of the zips `paths` and of the zips in these."""
+    """{file name: the open zip that holds it}, for the zips `paths` and the zips inside them."""
     files = {}
     for path in paths:
         try:
@@ -369,16 +368,16 @@ def open_zips(paths):
             require(sum(info.file_size for info in inner) <= ZIP_LIMIT, "a zip in it is too large")
             zips += [zipfile.ZipFile(io.BytesIO(zips[0].read(info))) for info in inner]
             size = sum(info.file_size for z in zips for info in z.infolist())
-            require(size <= max(ZIP_LIMIT, 200 * os.stat(path).st_size), "it inflates too far")
+            require(size <= max(ZIP_LIMIT, 200 * os.stat(path).st_size), "it unpacks to too much")
         except Exception as error:
-            raise UserError(f"{path} can't be read as a zip ({error}); replace it") from None
+            raise UserError(f"{path} can't be read as a zip ({error}): replace the file") from None
         files |= {name: z for z in zips for name in z.namelist()}
     return files
 
 def parts_of(archives, raw, settings):
-    """What is read on its own, mostly a user: {part: names of its files}, in order."""
+    """{part: names of its files}, sorted; a part is read on its own, and is usually one user."""
     what, limit, parts = settings["source"], settings["limit_users"], {}
-    require(limit is None or limit > 0, "--limit-users: take 1 or more")
+    require(limit is None or limit > 0, "--limit-users must be 1 or more")
     if what == "simulated":
         parts = {f"{user:03d}": [] for user in range(settings["users"])}
     if what == "folder":
@@ -387,9 +386,10 @@ def parts_of(archives, raw, settings):
         require(len(parts) == len(files), f"--raw {raw} has a user as .csv and as .npz; keep one")
     for name, file in open_zips(archives).items():
         if match := re.search(SOURCES[what].members, name):
-            require(file.getinfo(name).file_size <= MEMBER_LIMIT, f"{name} inflates too far")
+            require(file.getinfo(name).file_size <= MEMBER_LIMIT, f"{name} is too big; replace it")
             parts.setdefault(match[1].zfill(2), []).append(name)
-    require(parts, f"--raw {raw} holds nothing that can be read as {SOURCES[what].text}")
+    require(parts, f"--raw {raw} holds nothing that can be read as {SOURCES[what].text}: name the "
+            "folder that holds it (simulated: take --users 1 or more)")
     open_zips.cache_clear()                        # each process opens the archives for itself
     return dict(sorted(parts.items())[:limit if what != "ucihar" else None])   # (train and test)
 
@@ -413,7 +413,7 @@ def start_process():
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 def write_set(archives, raw, settings, out):
-    """Read the parts side by side and append their windows to a file as they come -> the meta."""
+    """Read the parts in parallel, append their windows to a file one by one, return the meta."""
     import scipy.interpolate, scipy.signal         # once, before the processes are forked
     what, parts = settings["source"], parts_of(archives, raw, settings)
     source, read = SOURCES[what], functools.partial(read_part, archives, settings)
@@ -423,16 +423,16 @@ def write_set(archives, raw, settings, out):
         file.write(bytes(128))                     # room for the header
         results = pool.map(read, parts, parts.values())
         for part, (windows, part_rows, reasons) in zip(parts, results):
-            require(part_rows or what != "folder", f"{part} is too short (is t in seconds?)")
+            require(part_rows or what != "folder", f"{part} is too short: drop it (t in seconds?)")
             file.write(windows.tobytes())
             rows += part_rows
             left_out += reasons
             channels |= {windows.shape[1]} - {0}
-            if part == "test":                     # the official one of UCI HAR
+            if part == "test":                     # UCI HAR's official test users
                 test_users = list(dict(part_rows))
             if len(rows) % 2000 < len(windows):
                 print(f"{what}: {len(rows)} windows so far", file=sys.stderr)
-        require(rows, f"{what} has no window of {source.length / RATE} s: {dict(left_out)}")
+        require(rows, f"{what} has no {source.length / RATE} s window: {dict(left_out)}; add data")
         require(len(channels) == 1, "some users have both sensors, some have one; keep them apart")
         shape = (len(rows), *channels, source.length)
         header = {"descr": "<f2", "fortran_order": False, "shape": shape}
@@ -455,8 +455,7 @@ def write_set(archives, raw, settings, out):
             "fingerprint": fingerprint(np.load(out / "windows.npy", mmap_mode="r"), users, labels)}
 
 def prepare(name, settings, raw, force=False):
-    """Make data/NAME/, unless it stands there with the same settings. An old set stays until the
-    new one is complete; what a killed process left is removed by the next."""
+    """Make data/NAME/ unless it has the same settings; an old set stays until the new is whole."""
     what, target = settings["source"], Path("data") / name
     work, old = (target.with_name(f".{name}.{state}") for state in ("partial", "old"))
     urls = {Path(raw) / url.split("/")[-1]: url for url in SOURCES[what].archives}
@@ -470,11 +469,12 @@ def prepare(name, settings, raw, force=False):
             os.rename(old, target)
         shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(work, ignore_errors=True)
-        require(not target.exists() or (target / "meta.json").is_file(), f"{target} is no data set")
+        require(not target.exists() or (target / "meta.json").is_file(),
+                f"{target} is no data set and is left as it is: give another --name")
         if target.exists() and not force:
             made = load_one(name).meta["settings"]
             differ = [key for key in made | settings if made.get(key) != settings.get(key)]
-            require(not differ, f"{target} has another {', '.join(differ)}: give --name or --force")
+            require(not differ, f"{target} differs in {', '.join(differ)}: give --name or --force")
             return print("prepared already:", describe(name))
         for path, url in urls.items():
             path.is_file() or download(url, path)
@@ -491,7 +491,7 @@ def prepare(name, settings, raw, force=False):
             shutil.rmtree(work, ignore_errors=True)
     print(describe(name))
 
-# ---------------------------------------------------------------- load; who is held out, who drawn
+# ---------------------------------------------------------------- load; who is held out, who trains
 Prepared = namedtuple("Prepared", "windows users labels meta")   # (n, C, T), (n,), (n,), a dict
 KEYS = {*"rate seconds channels users sources classes hours test_users settings".split()}
 
@@ -500,25 +500,25 @@ def load(name, root="data"):
     if "+" not in name:
         return load_one(name, root)
     sets = [load_one(part, root) for part in name.split("+")]
-    metas = [each.meta for each in sets]
+    metas = [part.meta for part in sets]
     meta = {key: metas[0][key] for key in ("rate", "seconds", "channels")}
-    require(all(meta.items() <= each.items() for each in metas), f"{name}: {[*meta]} differ")
-    meta |= {key: sum((each[key] for each in metas), []) for key in ("users", "sources")}
-    require(len({*people(meta)}) == len(meta["users"]), f"{name}: a person is in two of these sets")
-    classes = sorted({label for each in metas for label in each["classes"]})
-    first = np.cumsum([0] + [len(each["users"]) for each in metas])
-    codes = [np.array([*map(classes.index, each["classes"]), -1]) for each in metas]
-    windows = np.concatenate([each.windows for each in sets])
-    users = np.concatenate([each.users + index for each, index in zip(sets, first)])
-    labels = np.concatenate([code[each.labels] for each, code in zip(sets, codes)])  # none stays -1
+    require(all(meta.items() <= other.items() for other in metas), f"{name}: {[*meta]} differ")
+    meta |= {key: sum((one_set[key] for one_set in metas), []) for key in ("users", "sources")}
+    require(len({*people(meta)}) == len(meta["users"]), f"{name}: a person is in two sets; drop 1")
+    classes = sorted({label for one_set in metas for label in one_set["classes"]})
+    first_users = np.cumsum([0] + [len(one_set["users"]) for one_set in metas])
+    codes = [np.array([*map(classes.index, one_set["classes"]), -1]) for one_set in metas]
+    windows = np.concatenate([part.windows for part in sets])
+    users = np.concatenate([part.users + first for part, first in zip(sets, first_users)])
+    labels = np.concatenate([code[part.labels] for part, code in zip(sets, codes)])  # -1 stays
     return Prepared(windows, users, labels, meta | {
         "name": name, "classes": classes, "test_users": None, "windows": len(windows),
-        "hours": sum(each["hours"] for each in metas),
+        "hours": sum(one_set["hours"] for one_set in metas),
         "fingerprint": fingerprint(windows, users, labels)})
 
 def load_one(name, root="data"):
     folder = Path(root) / name
-    require((folder / "meta.json").is_file(), f"{folder} is not prepared: see python data.py")
+    require((folder / "meta.json").is_file(), f"{folder} is not prepared: see data.py --help")
     try:
         meta = json.loads((folder / "meta.json").read_text())
         arrays = [np.load(folder / f"{part}.npy", mmap_mode="r") for part in Prepared._fields[:3]]
@@ -529,7 +529,7 @@ def load_one(name, root="data"):
     return Prepared(*arrays, meta)
 
 def fingerprint(windows, users, labels):
-    """sha256 over users, labels and 4,096 windows, evenly spread: quick, and notices a change."""
+    """sha256 over users, labels and at most 4,096 windows, evenly spread: a quick check."""
     digest = hashlib.sha256(f"{windows.shape} {windows.dtype}".encode())
     chosen = np.linspace(0, len(windows) - 1, min(len(windows), 4096)).astype(int)
     for array in (users.astype("<i8"), labels.astype("<i8"), windows[chosen]):
@@ -542,8 +542,8 @@ def people(meta, users=None):
     return everyone if users is None else [everyone[user] for user in users]
 
 def held_out_users(meta):
-    """The users no model of this set is trained on, whatever the seed: 20 % of each source's, 2 at
-    least, by a hash. Two halves, lists of user indices: a step is chosen on one for the other."""
+    """The users that no model is trained on, whatever the seed: 20 % of each source's, at least 2,
+    by a hash. Two halves, lists of user indices: each chooses the step to measure on the other."""
     half_a, half_b = [], []
     for source in sorted(set(meta["sources"])):
         ranked = sorted((hashlib.sha256(f"{source}/{name}".encode()).hexdigest(), user)
@@ -556,16 +556,15 @@ def held_out_windows(prepared, users, most=64):
     """Rows (n,) of the windows that are evaluated: at most `most` of each user, evenly spread."""
     rows = [np.flatnonzero(prepared.users == user) for user in users]
     even = [np.linspace(0, n - 1, min(most, n)).astype(int) for n in map(len, rows)]
-    return np.concatenate([own[chosen] for own, chosen in zip(rows, even)])
+    return np.concatenate([user_rows[chosen] for user_rows, chosen in zip(rows, even)])
 
 def training_users(meta, seed):
-    """All users who aren't held out, in the order in which a grid takes them: random, the sources
-    in turn, so that the first 8 are among the first 16."""
+    """Users that aren't held out, in the seeded random order a grid takes them, sources in turn."""
     held_out, rng = set(sum(held_out_users(meta), [])), random_stream(seed, "training users")
     queues = [rng.permutation([user for user, other in enumerate(meta["sources"])
                                if other == source and user not in held_out]).tolist()
               for source in sorted(set(meta["sources"]))]
-    require(any(queues), f"{meta['name']}: all are held out (2 or more of each source): add users")
+    require(any(queues), f"{meta['name']}: all are held out (at least 2 per source): add users")
     turns = itertools.zip_longest(*[queues[i] for i in rng.permutation(len(queues))])
     return [user for turn in turns for user in turn if user is not None]
 
@@ -582,7 +581,8 @@ def select_sensors(channels, sensors):
     """Positions of the channels of `sensors`: "both", "acc" or "gyro"."""
     wanted = ["acc", "gyro"] if sensors == "both" else [sensors]
     chosen = [i for i, channel in enumerate(channels) if channel.split("_")[0] in wanted]
-    require(len(chosen) == 3 * len(wanted), f"--sensors {sensors}: the set has only {channels}")
+    require(len(chosen) == 3 * len(wanted),
+            f"--sensors {sensors}: the set has only {channels}; name the sensor that it has")
     return chosen
 
 def scaled(windows, channels):
@@ -628,12 +628,12 @@ def main():
          help="the set to prepare, or 'plot'; without it all sets are listed")
     flag("which", nargs="?", default="", help="with 'plot': the prepared set to draw")
     flag("--raw", default="data/raw", help="folder of the archives or the recordings" + default)
-    flag("--name", help="prepare it as data/NAME/ (default: what the set is called)")
+    flag("--name", help="prepare it as data/NAME/ (default: the name of the set)")
     flag("--limit-users", type=int, metavar="N", help="only the first N users, for a quick look")
-    flag("--force", action="store_true", help="replace what is prepared; without, it is left alone")
+    flag("--force", action="store_true", help="replace a set that is prepared already")
     flag = parser.add_argument_group("simulated").add_argument
     flag("--users", type=int, default=40, help="number of people" + default)
-    flag("--hours-per-user", type=float, default=0.5, help="hours recorded of each" + default)
+    flag("--hours-per-user", type=float, default=0.5, help="hours of each person" + default)
     flag("--spread", type=float, default=1.0, help="how much people differ; 0: clones" + default)
     flag("--seed", type=int, default=0, help="another seed, other people" + default)
     flag = parser.add_argument_group("folder").add_argument
@@ -652,7 +652,7 @@ def main():
            "folder": ["acc_unit", "gyro_unit"]}.get(args.source, [])
     settings = {key: getattr(args, key) for key in ["source", *own, "limit_users"]}
     name = args.name or args.source
-    require(re.fullmatch(r"[A-Za-z0-9][\w.-]*", name), f"--name {name}: take letters and digits")
+    require(re.fullmatch(r"[A-Za-z0-9][\w.-]*", name), f"--name {name}: use letters, digits, _.-")
     prepare(name, settings, args.raw, args.force)
 
 if __name__ == "__main__":
