@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 # ---------------------------------------------------------------- patches and masks
 def patchify(x, patch):
-    """(B, C, T) -> (B, S, G, 3P): one sensor's three axes over P samples. A tail is cut off."""
+    """(B, C, T) -> (B, S, G, 3P): one sensor's three axes over P samples. A rest is dropped."""
     B, C, T = x.shape
     G = T // patch
     x = x[..., :G * patch].reshape(B, C // 3, 3, G, patch)
@@ -42,11 +42,11 @@ def select(tokens, index):
     return tokens[torch.arange(len(tokens), device=tokens.device)[:, None], index]
 
 def visible_tokens(tokens, mask_ratio):
-    """How many of all tokens the encoder sees."""
+    """Number of tokens that the encoder sees."""
     return tokens - round(tokens * mask_ratio)
 
 def draw_masks(batch, tokens, mask_ratio, generator=None):
-    """Draw which tokens of each window are visible (He et al. 2021, section 3): (B, K), (B, M)."""
+    """Visible and masked tokens of each window (He et al. 2021, section 3): (B, K) and (B, M)."""
     order = torch.rand(batch, tokens, generator=generator).argsort(dim=1, stable=True)
     visible = visible_tokens(tokens, mask_ratio)
     return order[:, :visible], order[:, visible:]
@@ -54,7 +54,7 @@ def draw_masks(batch, tokens, mask_ratio, generator=None):
 # ---------------------------------------------------------------- positions
 def rotary(time, head_width):
     """Rotations exp(i w t) at patch numbers t (B, K): complex (B, 1, K, Dh/2). w falls from pi rad
-    a patch, the fastest that patches can show, to about pi / 100 (Su et al., arXiv 2104.09864)."""
+    per patch, the fastest that patches resolve, to about pi / 100 (Su et al., arXiv 2104.09864)."""
     pairs = head_width // 2
     w = math.pi * 100.0 ** -(torch.arange(pairs, device=time.device) / pairs)
     angle = time[:, None, :, None] * w
@@ -156,7 +156,7 @@ class MAE(nn.Module):
         """What is to be predicted of windows x (B, C, T): (B, C, T)."""
         if self.target == "raw":
             return x
-        deviation = x.std(2, keepdim=True) + 0.1       # + 0.1: no noise of a still sensor
+        deviation = x.std(2, keepdim=True) + 0.1       # + 0.1: noise of a still sensor stays small
         return (x - x.mean(2, keepdim=True)) / deviation
 
     def predictions(self, x, keep, masked):
@@ -180,11 +180,11 @@ class MAE(nn.Module):
     def features(self, x, sensors=None):
         """Windows (B, C, T), of any length T -> latents (B, S, G, D) of all patches, none masked.
 
-        sensors: the numbers by which the encoder knows the sensors of x; all of them by default."""
+        sensors: the indices of the sensors of x in the model's sensor embedding; default: all."""
         tokens = patchify(x, self.patch)
         B, S, G, _ = tokens.shape
-        numbers = torch.tensor(range(self.sensors) if sensors is None else sensors, device=x.device)
-        index = (numbers[:, None] * G + torch.arange(G, device=x.device)).flatten().expand(B, -1)
+        indices = torch.tensor(range(self.sensors) if sensors is None else sensors, device=x.device)
+        index = (indices[:, None] * G + torch.arange(G, device=x.device)).flatten().expand(B, -1)
         return self.encode(tokens.flatten(1, 2), index, G).view(B, S, G, -1)
 
 def baseline_loss(model, x, keep, masked):
@@ -199,24 +199,24 @@ def baseline_loss(model, x, keep, masked):
     errors = (axes - mean).square().view(B, S * G, -1)
     return select(errors, masked).mean((1, 2))
 
-# ---------------------------------------------------------------- its size and cost
+# ---------------------------------------------------------------- size and cost
 def parameters(model):
-    """(all that are trained, those of the encoder): patch embedding and encoder are kept after
-    pre-training, and are what the laws count."""
+    """(number of all parameters, of those of the encoder with its embeddings). Only the encoder is
+    kept after pre-training, so the laws count its parameters."""
     kept = ("embed.", "sensor.", "blocks.", "norm.")
     encoder = sum(p.numel() for name, p in model.named_parameters() if name.startswith(kept))
     return sum(p.numel() for p in model.parameters()), encoder
 
 def forward_flops(width, depth, patch, sensors, patches, mask_ratio, decoder_width=64,
                   decoder_depth=1):
-    """FLOPs of the forward pass of a window: two for each multiply-add of a matrix product. A
-    training step costs three times that: the backward pass has two products for each."""
+    """FLOPs of the forward pass per window: two for each multiply-add of a matrix product. Training
+    costs three times as much: the backward pass has two matrix products for each one here."""
     K = visible_tokens(sensors * patches, mask_ratio)
     M, D, E = sensors * patches - K, width, decoder_width
 
     def block(queries, keys, w):
         attention = 4 * (queries + keys) * w * w + 4 * queries * keys * w
-        return attention + 16 * queries * w * w        # and the MLP
+        return attention + 16 * queries * w * w        # + the MLP
     encoder = 2 * K * 3 * patch * D + depth * block(K, K, D)
     return encoder + 2 * K * D * E + decoder_depth * block(M, K, E) + 2 * M * E * 3 * patch
 
@@ -226,10 +226,10 @@ def main():
     p.add_argument("--models", nargs="+", metavar="WxDxH", help="width x depth x heads of each",
                    default=["16x2x2", "32x3x2", "64x3x4", "128x4x4", "256x6x8"])
     p.add_argument("--patch", type=int, choices=[2, 4, 5, 10, 20, 40], default=5,
-                   help="samples in a patch, of 200 in a window: half as many, twice the tokens")
+                   help="samples in a patch (a window has 200): half as many, twice the tokens")
     a = p.parse_args()
     tokens = 2 * 200 // a.patch
-    print(f"{tokens} tokens, {visible_tokens(tokens, 0.75)} visible. MFLOP: of training, a window")
+    print(f"{tokens} tokens, {visible_tokens(tokens, 0.75)} visible. MFLOP: training, per window")
     print(f"{'model':>10s} {'parameters':>11s} {'encoder':>11s} {'MFLOP':>7s}")
     for name in a.models:
         try:
