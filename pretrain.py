@@ -1,5 +1,5 @@
 """
-Pre-training: one cell of the grid. Users, hours of each, an architecture -> the loss on others.
+Pre-training: one cell of the grid. Users, hours per user, architecture -> loss on held-out users.
 
     windows (n, C, T)  ->  scaled batches (B, C, T)  ->  masked autoencoder  ->  RUN/result.json
 
@@ -7,11 +7,10 @@ Pre-training: one cell of the grid. Users, hours of each, an architecture -> the
     python pretrain.py --data pool --width 128 --depth 4 --heads 4 --out runs/large
     torchrun --nproc_per_node=2 pretrain.py --data pool --out runs/two           # two processes
 
-A run ends when its data are used up: the learning rate falls for ever, a moving average of the
-weights is evaluated and kept, and training ends when the held-out loss has stopped improving
-(--patience), or at --steps. A larger --steps lengthens a run.
-The same command resumes bit-identically: what is random at step t (batch, masks) is drawn from
-(seed, t) alone, so no random state is saved, and several processes see the batches of one.
+The learning rate falls without end, a moving average of the weights is evaluated and kept, and a
+run ends when the held-out loss has stopped improving (--patience), or at --steps, which may be
+raised later. The same command resumes bit-identically: batch and masks of step t are drawn from
+(seed, t) alone, so no random state is saved, and two processes share the batches that one has.
 """
 import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")    # before torch: idle threads sleep
@@ -28,7 +27,7 @@ from data import (UserError, command, draw_windows, held_out_users, held_out_win
                   select_sensors, training_users, write_json)
 from model import MAE, baseline_loss, draw_masks, forward_flops, parameters
 
-MACHINE = ("device", "threads", "plot", "out")         # flags that don't change what a run is
+MACHINE = ("device", "threads", "plot", "out")         # flags that don't change the result of a run
 HeldOut = namedtuple("HeldOut", "x keep masked person people half")            # see `held_out`
 
 # ---------------------------------------------------------------- what a cell sees
@@ -55,7 +54,7 @@ def batch_at(step, prepared, rows, flags):
 
 def held_out(prepared, flags, device="cpu"):
     """The evaluation, the same for every cell: windows x (n, C, T) of people who are never trained
-    on, their masks, person (n,): an index into people, and half (people,), see `cross_fitted`."""
+    on; their masks; person (n,), an index into people; half (people,), see `cross_fitted`."""
     halves = held_out_users(prepared.meta)
     users = halves[0] + halves[1]
     rows = held_out_windows(prepared, users, most=32)
@@ -76,7 +75,7 @@ def orthogonal(matrices, steps=5):
     return x
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal, for matrices (Jordan 2024, kellerjordan.github.io/posts/muon): as
+    """Orthogonalised momentum, for matrices (Jordan 2024, kellerjordan.github.io/posts/muon): as
     torch.optim.Muon, but in fp32 and with all matrices of one shape at once (results/speed.md)."""
 
     @torch.no_grad()
@@ -101,7 +100,7 @@ def build_optimizers(model, lr, weight_decay):
             torch.optim.AdamW(rest, 0.3 * lr, (0.9, 0.95), weight_decay=weight_decay)]
 
 def schedule(step, tau, decay, warmup=50):
-    """Share of the peak learning rate at `step`: a line up, then (1 + t / tau)^-decay, for ever."""
+    """Share of the peak learning rate at `step`: linear warm-up, then (1 + t / tau)^-decay."""
     return min(1, (step + 1) / warmup) * (1 + step / tau) ** -decay
 
 @torch.no_grad()
@@ -115,13 +114,13 @@ def update_average(average, model, step, gamma):
 # ---------------------------------------------------------------- the held-out loss, and the end
 @torch.no_grad()
 def evaluate(loss, held):
-    """The mean loss of each held-out person, (people,): one vote each. loss: a model, or alike."""
+    """The mean loss of each held-out person, (people,): equal weights. loss: as MAE.forward."""
     chunks = zip(held.x.split(64), held.keep.split(64), held.masked.split(64))
     losses = torch.cat([loss(*chunk) for chunk in chunks]).cpu().double().numpy()
     return np.bincount(held.person, losses) / np.bincount(held.person)
 
 def is_evaluated(step):
-    """Evaluations at steps that grow by about 7 %, whatever the length of the run."""
+    """Whether to evaluate: at steps about 7 % apart, whatever the length of the run."""
     return step >= 16 and math.floor(math.log(step, 1.07)) < math.floor(math.log(step + 1, 1.07))
 
 def best_step(history):
@@ -129,7 +128,7 @@ def best_step(history):
 
 def has_converged(history, patience, least=300):
     """Whether the held-out loss hasn't improved over the last `patience` share of the steps; never
-    before `least` steps: many cells learn nothing new for some 200 steps, then go on."""
+    before `least` steps: many cells learn nothing new for about 200 steps, then go on."""
     step = history[-1]["step"] if history and patience else 0
     return step >= least and best_step(history) <= (1 - patience) * step
 
@@ -141,22 +140,22 @@ def cross_fitted(history, half):
 
 # ---------------------------------------------------------------- a run is never lost
 def lock(run):
-    """Hold `run` for as long as this process lives: the system frees the lock however it ends."""
+    """Hold `run` for as long as this process lives: the system frees the lock, however it ends."""
     run.mkdir(parents=True, exist_ok=True)
     handle = open(run / ".lock", "w")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        print(f"pretrain.py: another process is working on {run}", file=sys.stderr)
+        print(f"pretrain.py: another process works on {run}: let it end", file=sys.stderr)
         sys.exit(75)
-    for leftover in run.glob(".*.tmp*"):               # of a process that was killed while writing
+    for leftover in run.glob(".*.tmp*"):               # left by a process that was killed
         leftover.unlink()
     return handle
 
 def save_checkpoint(run, state):
-    """Write checkpoint.pt, the one before stays as checkpoint.prev.pt; and metrics.jsonl."""
+    """Write metrics.jsonl and checkpoint.pt; keep the one before as checkpoint.prev.pt."""
     content, path = io.BytesIO(), run / "checkpoint.pt"
-    torch.save(state, content)                         # to a file, it would hide a full disk
+    torch.save(state, content)                         # torch.save to a file hides a full disk
     with replacing(path) as temporary:
         temporary.write_bytes(content.getbuffer())
         if path.exists():
@@ -165,37 +164,38 @@ def save_checkpoint(run, state):
         temporary.write_text("".join(json.dumps(line) + "\n" for line in state["history"]))
 
 def load_checkpoint(run, device="cpu"):
-    """The newest whole checkpoint, {} if there is none. Raises UserError if all are damaged."""
+    """The newest undamaged checkpoint, {} if there is none. UserError if all are damaged."""
     paths = [*run.glob("checkpoint.pt"), *run.glob("checkpoint.prev.pt")]
     for path in paths:
         try:
             if not zipfile.ZipFile(path).testzip():
                 return torch.load(path, map_location=device, weights_only=True)
             raise ValueError("a checksum differs")
-        except Exception as error:                     # whatever zip reader and unpickler raise
+        except Exception as error:                     # zip reader and unpickler raise many kinds
             print(f"{path} is damaged: {error!r:.99}", file=sys.stderr)
-    require(not paths, f"no checkpoint in {run} is whole: delete that folder to start again")
+    require(not paths, f"all checkpoints in {run} are damaged: delete this folder to start again")
     return {}
 
 def read_config(run):
-    """What a run is. Raises UserError if `run` is no run."""
+    """The config.json of a run. Raises UserError if `run` is not a run."""
     with contextlib.suppress(OSError, ValueError, TypeError):
         config = json.loads((Path(run) / "config.json").read_text())
         if {"flags", "fingerprint", "model", "trained_on"} <= set(config):
             return config
-    raise UserError(f"{run} is not a run of pretrain.py: it has no config.json, or a damaged one")
+    raise UserError(f"{run} is not a run of pretrain.py: it has no config.json, or a damaged one; "
+                    "name a folder that pretrain.py wrote with --out")
 
 def check_same_run(run, config, defaults, done):
     """Raise UserError if another command made `run`. A flag that an old run doesn't name had its
     default; --steps and --patience may be raised."""
-    before, now = ({**defaults, **each["flags"], "fingerprint": each["fingerprint"]}
-                   for each in (read_config(run), config))
+    before, now = ({**defaults, **made["flags"], "fingerprint": made["fingerprint"]}
+                   for made in (read_config(run), config))
     allowed = {"steps": now["steps"] >= done,
                "patience": (now["patience"] or 1) >= (before["patience"] or 1)}      # 0: no end
     changed = [f"{key} {before.get(key)} -> {now.get(key)}" for key in before | now
                if before.get(key) != now.get(key) and not allowed.get(key)]
     require(not changed, f"{run} holds {done} steps of another run ({', '.join(changed)}): choose "
-            "another --out, or delete it; only --steps and --patience may be raised")
+            "another --out, or delete that folder; only --steps and --patience may be raised")
 
 # ---------------------------------------------------------------- the machine, the picture
 def choose_device(name):
@@ -207,7 +207,7 @@ def choose_device(name):
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} can't be used: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--device {name}: take another; {str(error).splitlines()[0]}") from None
 
 def choose_precision(name, device):
     """fp32 or bf16: "auto" takes bf16 where the processor has instructions for it."""
@@ -216,13 +216,13 @@ def choose_precision(name, device):
     return name if name != "auto" else "bf16" if native else "fp32"
 
 def draw_reconstruction(path, model, held, rate):
-    """True and predicted signal of the first sensor in three held-out windows, calm to lively."""
+    """True and predicted signal of the first sensor in 3 held-out windows, from calm to lively."""
     from matplotlib.figure import Figure
     order, n = held.x.std(2).mean(1).argsort(), len(held.x)
     x, keep, masked = (part[order[[-n // 2, -n // 4, -n // 10]]] for part in held[:3])
     with torch.no_grad():
         true, predicted = model.target_of(x).cpu(), model.reconstruct(x, keep, masked).cpu()
-    predicted[predicted == true] = torch.nan           # what is visible isn't predicted
+    predicted[predicted == true] = torch.nan           # visible patches aren't predicted
     figure, seconds = Figure((10, 7), layout="constrained"), np.arange(x.shape[2]) / rate
     for axes, y, prediction in zip(figure.subplots(3), true[:, :3], predicted[:, :3]):
         axes.plot(seconds, y.T, lw=0.8)
@@ -250,17 +250,17 @@ def build_parser():
     flag = p.add_argument_group("data: how many people, and how long each").add_argument
     flag("--data", default="simulated", help="prepared set, or several pooled: a+b+c")
     flag("--users", type=count, help="training users; without it, all who aren't held out")
-    flag("--hours-per-user", type=positive, help="at most so many of each user; without it, all")
+    flag("--hours-per-user", type=positive, help="at most so many hours of each; without it, all")
     flag("--sensors", choices=["both", "acc", "gyro"], default="both", help="one: half the tokens")
     flag = p.add_argument_group("model and task").add_argument
     flag("--width", type=count, default=64, help="parameters and time grow with its square")
     flag("--depth", type=count, default=3, help="blocks of the encoder")
-    flag("--heads", type=count, default=4, help="the width must be a multiple of twice as many")
+    flag("--heads", type=count, default=4, help="the width must be a multiple of 2 x heads")
     flag("--patch", type=count, default=5, help="samples in a token: half as many, twice the cost")
     flag("--mask-ratio", type=share, default=0.75, help="share of hidden tokens: more is harder")
     flag("--target", choices=["raw", "window"], default="raw", help="window: the signal "
          "normalised by window: better features, but losses can't be compared with those of raw")
-    flag("--rotate", type=positive, default=0.0, help="turn windows at random, about so many rad")
+    flag("--rotate", type=positive, default=0.0, help="random rotation of about so many rad")
     flag = p.add_argument_group("optimisation").add_argument
     flag("--steps", type=count, default=20000, help="updates at most; raise it to lengthen a run")
     flag("--patience", type=share, default=0.3, help="end when the held-out loss hasn't improved "
@@ -281,20 +281,20 @@ def build_parser():
     return p
 
 def check_data(a, prepared, trainable, world):
-    """Raise UserError for what these data or this machine can't give."""
+    """Raise UserError for flags that don't suit these data or the number of processes."""
     samples, seconds = prepared.windows.shape[2], prepared.meta["seconds"]
     tokens = samples // a.patch * (2 if a.sensors == "both" else 1)
     require((a.users or 0) <= trainable,
-            f"--users {a.users} is more than the {trainable} training users")
+            f"--users {a.users} is more than the {trainable} training users: take fewer")
     require(a.hours_per_user is None or a.hours_per_user * 3600 > 0.99 * seconds,
-            f"--hours-per-user {a.hours_per_user} is less than a window of {seconds} s")
+            f"--hours-per-user {a.hours_per_user} is less than a window of {seconds} s: take more")
     require(a.width % (2 * a.heads) == 0,
-            f"--width {a.width} is not a multiple of {2 * a.heads}, twice the --heads")
+            f"--width {a.width} is not a multiple of {2 * a.heads}, twice the --heads: change one")
     require(samples % a.patch == 0,
-            f"--patch {a.patch} doesn't divide the window of {samples} samples")
+            f"--patch {a.patch} doesn't divide the window of {samples} samples: choose a divisor")
     require(0 < round(tokens * a.mask_ratio) < tokens,
-            f"--mask-ratio {a.mask_ratio} hides all or none of {tokens} tokens")
-    require(a.batch % world == 0, f"--batch {a.batch} can't be divided among {world} processes")
+            f"--mask-ratio {a.mask_ratio} hides all or none of {tokens} tokens: choose in between")
+    require(a.batch % world == 0, f"--batch {a.batch}: take a multiple of the {world} processes")
 
 # ---------------------------------------------------------------- the run
 def result_of(config, history, held, baseline, windows, hours):
@@ -324,7 +324,7 @@ def main():
     torch.set_num_threads(a.threads or max(1, os.cpu_count() // world))
     a.precision = choose_precision(a.precision, device)
 
-    # What this run is: the people, their windows, the model, the evaluation.
+    # The people of this run, their windows, the model, the evaluation.
     prepared = load(a.data)
     users = training_users(prepared.meta, a.seed)
     check_data(a, prepared, len(users), world)
@@ -339,7 +339,7 @@ def main():
     model, held = MAE(**shape).to(device), held_out(prepared, flags, device)
     baseline = evaluate(lambda *batch: baseline_loss(model, *batch), held)
 
-    # Where it stands: the last checkpoint, if there is one.
+    # The state: that of the last checkpoint, if there is one.
     held_lock = lock(run) if rank == 0 else None       # until this process ends
     average, optimizers = copy.deepcopy(model), build_optimizers(model, a.lr, a.weight_decay)
     new = {"step": 0, "seconds": 0.0, "train_loss": 0.0, "history": [], "best": {}}
@@ -363,8 +363,8 @@ def main():
 
     def save():
         require(all(weights.isfinite().all() for weights in model.parameters()),
-                f"the loss is nan or infinite at step {step}: choose a lower --lr; the last good "
-                "checkpoint is kept")
+                f"the weights are nan or infinite at step {step}: choose a lower --lr; the last "
+                "good checkpoint is kept")
         if rank == 0:
             save_checkpoint(run, {
                 "step": step, "seconds": seconds, "train_loss": train_loss, "history": history,
