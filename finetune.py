@@ -12,8 +12,8 @@ then trains both together; `scratch` does so from random weights (what the label
 `random` is the probe of random weights (what the architecture alone can do).
 
 Every split is by user. In each fold a fifth of the training users are validation users: they choose
-the penalty of a probe, which is then fitted on all training users, and the epoch that is kept of a
-network. Test users are looked at once, when all is chosen.
+the penalty of a probe (which is then fitted to all training users) and the epoch of a network that
+is kept. Test users are evaluated once, after everything is chosen.
 
     python finetune.py runs/first --data ucihar --mode tune
     python finetune.py runs/first --data wisdm_watch --label-users 1,2,4,8   # few labelled users
@@ -43,22 +43,22 @@ Probe = namedtuple("Probe", "weights mean sd l2")      # weights (F + 1, K), mea
 
 # ---------------------------------------------------------------- who trains and who is tested
 def split_rows(rows, groups, chosen):
-    """Rows -> those of other groups, those of the `chosen` groups; groups (n,): of all rows."""
+    """Rows -> (rows of the other groups, rows of the `chosen` groups); groups (n,): of all rows."""
     inside = np.isin(groups[rows], chosen)
     return rows[~inside], rows[inside]
 
 def five_folds(rows, users, tested, name):
-    """[(train, test), ...]: the rows split 5 times, each of the users `tested` in one test."""
+    """[(train, test), ...]: the rows split 5 times; each of the users `tested` is in one test."""
     order = random_stream(name).permutation(np.intersect1d(users[rows], tested))
     return [split_rows(rows, users, order[k::5]) for k in range(min(5, len(order)))]
 
 def user_folds(meta, users, trained_on, validation=False):
-    """Which windows train and which test: [(train, test), ...], indices into users (n,). No user
+    """Windows for training and for testing: [(train, test), ...], indices into users (n,). No user
     is on both sides of a fold, or tested twice, or tested if the encoder was `trained_on` them.
 
     Tested are the official test users of a set that has them; the set's held-out users if the
-    encoder was trained on others of it; else all users, in 5 folds. With `validation` these are
-    left alone, and 5 folds are over those who would train. Raises UserError if nobody is left."""
+    encoder was trained on others of it; else all users, in 5 folds. With `validation` they
+    aren't touched: the training users are split in 5 folds. UserError if nobody is left."""
     everyone, rows = np.arange(len(meta["users"])), np.arange(len(users))
     seen = [u for u, person in enumerate(people(meta)) if list(person) in trained_on]
     official = [u for u in everyone if meta["users"][u] in (meta["test_users"] or [])]
@@ -75,12 +75,13 @@ def user_folds(meta, users, trained_on, validation=False):
     return folds
 
 def few_users(folds, users, count):
-    """The folds with `count` training users, fewer among more; a single fold is drawn 5 times."""
+    """Folds of `count` training users, few among more; a single fold is drawn 5 times."""
     few = []
     for k, (train, test) in enumerate(folds * (5 if len(folds) == 1 else 1)):
         order = random_stream("label users", k).permutation(np.unique(users[train]))
         if count > len(order):
-            raise UserError(f"--label-users {count} is more than the {len(order)} training users")
+            raise UserError(f"--label-users {count} is more than the {len(order)} training users "
+                            "of a fold: take fewer")
         few.append((split_rows(train, users, order[:count])[1], test))
     return few
 
@@ -176,8 +177,7 @@ def train_network(encoder, probe, x, y, classes, fit, validation, a):
 
     Features are standardised by BatchNorm without weights (He et al. 2021, A.1). The head starts
     from `probe`: a random one would first distort the features (Kumar et al. 2022, 2202.10054).
-    Judged and kept is a moving average of the weights: it does what a falling learning rate does,
-    without an end that is fixed beforehand."""
+    A moving average of the weights is evaluated and kept, in place of a falling learning rate."""
     norm, head = nn.BatchNorm1d(len(probe.mean), affine=False), nn.Linear(len(probe.mean), classes)
     norm.running_mean, norm.running_var = probe.mean, probe.sd.square()
     head.weight.data, head.bias.data = probe.weights[:-1].T.contiguous(), probe.weights[-1]
@@ -193,7 +193,7 @@ def train_network(encoder, probe, x, y, classes, fit, validation, a):
         net.train()
         for rows in np.array_split(rng.permutation(fit), max(1, len(fit) // 64)):
             batch = torch.from_numpy(random_rotation(x[rows].numpy(), 0.2, rng))
-            logits = net(batch[..., rng.integers(shift):])     # cut at another sample of a patch
+            logits = net(batch[..., rng.integers(shift):])     # patches start at any sample
             loss(logits, y[rows].to(logits.device)).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -220,7 +220,7 @@ def scores(counts):
             "confusion": counts.tolist()}
 
 def summarise(folds):
-    """What a result holds: means and deviations over folds, F1 of each class over all of them."""
+    """A result: means and deviations over folds; F1 of each class and confusion over all folds."""
     result = {**scores(sum(torch.tensor(fold["confusion"]) for fold in folds)), "folds": folds,
               "test_users": sorted({user for fold in folds for user in fold["test_users"]}),
               "n_train": round(np.mean([fold["n_train"] for fold in folds])),
@@ -233,14 +233,14 @@ def summarise(folds):
 
 def print_result(name, results):
     """Print the scores, and the gain over other modes on the same folds with its standard error."""
-    this, folds = results[name], len(results[name]["folds"])
-    print(f"{name}: accuracy {this['accuracy']:.4f}, macro-F1 {this['macro_f1']:.4f} +- "
-          f"{this['macro_f1_sd']:.4f} ({folds} folds, {len(this['test_users'])} users tested)")
+    result, folds = results[name], len(results[name]["folds"])
+    print(f"{name}: accuracy {result['accuracy']:.4f}, macro-F1 {result['macro_f1']:.4f} +- "
+          f"{result['macro_f1_sd']:.4f} ({folds} folds, {len(result['test_users'])} users tested)")
     for other in results.values():
-        if folds > 1 and other["input"] == this["input"] and other["mode"] != this["mode"]:
-            pairs = zip(this["folds"], other["folds"])
+        if folds > 1 and other["input"] == result["input"] and other["mode"] != result["mode"]:
+            pairs = zip(result["folds"], other["folds"])
             gain = [fold["macro_f1"] - paired["macro_f1"] for fold, paired in pairs]
-            print(f"  {np.mean(gain):+.4f} on {other['mode']}, paired by fold, standard error "
+            print(f"  {np.mean(gain):+.4f} over {other['mode']}, paired by fold, standard error "
                   f"{np.std(gain, ddof=1) / folds ** 0.5:.4f}")
 
 # ---------------------------------------------------------------- figures
@@ -283,17 +283,17 @@ def parse_flags():
     flag("run", help="folder of a run of pretrain.py; the weights of its best step are used")
     flag("--data", default="simulated", help="a prepared set with labels (default: simulated)")
     flag("--mode", choices=COLOURS, default="probe", help="see above (default: probe)")
-    flag("--sensors", choices=["both", "acc", "gyro"], default="both", help="acc, gyro: what that "
-         "sensor tells alone (default: both)")
+    flag("--sensors", choices=["both", "acc", "gyro"], default="both", help="acc, gyro: use that "
+         "sensor only (default: both)")
     flag("--label-users", type=lambda text: [number(int, 1)(part) for part in text.split(",")],
          metavar="K", help="train on K users; 1,2,4: each in turn, with a figure (default: all)")
     flag("--split", choices=["user", "validation", "window"], default="user",
          help="validation: test training users, to choose between runs; window: split windows at\n"
-         "random as well, to show what that leak is worth (default: user)")
+         "random as well, to show how much that leak adds (default: user)")
     flag("--patience", type=number(int, 1), default=8, help="tune, scratch: end after so many "
-         "epochs without gain for validation users (default: 8)")
-    flag("--device", default="auto", help="cpu, cuda, mps; auto takes the fastest (default: auto)")
-    flag("--export", metavar="DIR", help="write the encoder alone, as a small run folder, and end")
+         "epochs without a better validation macro-F1 (default: 8)")
+    flag("--device", default="auto", help="cpu, cuda, mps; auto takes a GPU if any (default: auto)")
+    flag("--export", metavar="DIR", help="only write the encoder, as a small run folder")
     return p.parse_args()
 
 def export(model, config, folder):
@@ -314,15 +314,15 @@ def main():
     prepared, pretrained = load(a.data), config["flags"].get("sensors", "both")
     meta, rows = prepared.meta, np.flatnonzero(prepared.labels >= 0)
     if not len(rows):
-        raise UserError(f"{a.data} has no labels: it serves for pre-training only")
+        raise UserError(f"{a.data} has no labels, only --data with labels can be used here")
     if pretrained not in ("both", a.sensors):
         raise UserError(f"{a.run} was pre-trained with --sensors {pretrained}: give that here, too")
     x = torch.from_numpy(windows_at(prepared, rows, a.sensors))                # (n, C, T)
     y = torch.from_numpy(prepared.labels[rows].astype(np.int64))
     users, names, classes = prepared.users[rows], np.array(meta["users"]), len(meta["classes"])
     folds = user_folds(meta, users, config["trained_on"], a.split == "validation")
-    jobs = [("-validation" * (a.split == "validation"), folds)]                # a name's end, folds
-    if a.split == "window":                            # as large, but with people on both sides
+    jobs = [("-validation" * (a.split == "validation"), folds)]                # name's ending, folds
+    if a.split == "window":                            # same sizes, but people on both sides
         order = random_stream("windows").permutation(np.concatenate(folds[0]))
         tests = np.split(order, np.cumsum([len(test) for _, test in folds]))[:len(folds)]
         jobs.append(("-window", [(np.setdiff1d(order, test), test) for test in tests]))
@@ -340,10 +340,10 @@ def main():
     folder, tail = Path(a.run) / "finetune", f"-{a.sensors}" * (a.sensors != "both")
     for end, folds in jobs:
         name = f"{a.data}-{a.mode}{tail}{end}"
-        this = {"data": a.data, "mode": a.mode, "patience": a.mode in LEARNING_RATE and a.patience,
-                "input": [hashlib.sha256(weights).hexdigest(), a.sensors, meta["fingerprint"], end]}
+        setup = {"data": a.data, "mode": a.mode, "patience": a.mode in LEARNING_RATE and a.patience,
+                 "input": [hashlib.sha256(weights).hexdigest(), a.sensors, meta["fingerprint"], end]}
         results = {path.stem: json.loads(path.read_text()) for path in folder.glob("[!.]*.json")}
-        if not this.items() <= results.get(name, {}).items():                  # else it is done
+        if not setup.items() <= results.get(name, {}).items():                 # else it is done
             encoded = in_batches(encoder, x) if encoded is None else encoded   # (n, F)
             groups = np.arange(len(y)) if end.endswith("-window") else users
             scored = []
@@ -359,13 +359,13 @@ def main():
                                "epoch": epoch, "n_train": len(train), "n_test": len(test),
                                "train_users": names[np.unique(users[train])].tolist(),
                                "test_users": names[np.unique(users[test])].tolist()})
-            results[name] = {**summarise(scored), "classes": meta["classes"], **this}
+            results[name] = {**summarise(scored), "classes": meta["classes"], **setup}
             results[name]["provenance"] = provenance()
             write_json(folder / f"{name}.json", results[name])
             draw_confusion(folder / f"{name}.png", results[name])
         print_result(name, results)
     if a.label_users:
-        curves = [r for r in results.values() if r["input"][:2] == this["input"][:2] and
+        curves = [r for r in results.values() if r["input"][:2] == setup["input"][:2] and
                   r["input"][3] in ("", f"-u{len(r['folds'][0]['train_users'])}")]
         draw_label_curves(folder / f"label-users{tail}.png", curves)
 

@@ -202,7 +202,7 @@ def test_a_result_has_its_files_and_keys_and_is_compared_by_paired_folds(home, c
     assert probe["macro_f1"] == pytest.approx(f1.mean()) and 0 <= probe["accuracy"] <= 1
     assert probe["macro_f1_sd"] == pytest.approx(f1.std(ddof=1)) and probe["accuracy_sd"] >= 0
     gain = f1 - [fold["macro_f1"] for fold in other["folds"]]
-    assert status == 0 and f"{gain.mean():+.4f} on random" in printed
+    assert status == 0 and f"{gain.mean():+.4f} over random" in printed
     assert f"standard error {gain.std(ddof=1) / 5 ** 0.5:.4f}" in printed
 
 @pytest.mark.parametrize("mode", ["tune", "scratch"])
