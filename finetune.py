@@ -321,7 +321,7 @@ def main():
     y = torch.from_numpy(prepared.labels[rows].astype(np.int64))
     users, names, classes = prepared.users[rows], np.array(meta["users"]), len(meta["classes"])
     folds = user_folds(meta, users, config["trained_on"], a.split == "validation")
-    jobs = [("-validation" * (a.split == "validation"), folds)]                # name's ending, folds
+    jobs = [("-validation" * (a.split == "validation"), folds)]                # name suffix, folds
     if a.split == "window":                            # same sizes, but people on both sides
         order = random_stream("windows").permutation(np.concatenate(folds[0]))
         tests = np.split(order, np.cumsum([len(test) for _, test in folds]))[:len(folds)]
@@ -340,10 +340,10 @@ def main():
     folder, tail = Path(a.run) / "finetune", f"-{a.sensors}" * (a.sensors != "both")
     for end, folds in jobs:
         name = f"{a.data}-{a.mode}{tail}{end}"
-        setup = {"data": a.data, "mode": a.mode, "patience": a.mode in LEARNING_RATE and a.patience,
-                 "input": [hashlib.sha256(weights).hexdigest(), a.sensors, meta["fingerprint"], end]}
+        spec = {"data": a.data, "mode": a.mode, "patience": a.mode in LEARNING_RATE and a.patience,
+                "input": [hashlib.sha256(weights).hexdigest(), a.sensors, meta["fingerprint"], end]}
         results = {path.stem: json.loads(path.read_text()) for path in folder.glob("[!.]*.json")}
-        if not setup.items() <= results.get(name, {}).items():                 # else it is done
+        if not spec.items() <= results.get(name, {}).items():                 # else it is done
             encoded = in_batches(encoder, x) if encoded is None else encoded   # (n, F)
             groups = np.arange(len(y)) if end.endswith("-window") else users
             scored = []
@@ -359,13 +359,13 @@ def main():
                                "epoch": epoch, "n_train": len(train), "n_test": len(test),
                                "train_users": names[np.unique(users[train])].tolist(),
                                "test_users": names[np.unique(users[test])].tolist()})
-            results[name] = {**summarise(scored), "classes": meta["classes"], **setup}
+            results[name] = {**summarise(scored), "classes": meta["classes"], **spec}
             results[name]["provenance"] = provenance()
             write_json(folder / f"{name}.json", results[name])
             draw_confusion(folder / f"{name}.png", results[name])
         print_result(name, results)
     if a.label_users:
-        curves = [r for r in results.values() if r["input"][:2] == setup["input"][:2] and
+        curves = [r for r in results.values() if r["input"][:2] == spec["input"][:2] and
                   r["input"][3] in ("", f"-u{len(r['folds'][0]['train_users'])}")]
         draw_label_curves(folder / f"label-users{tail}.png", curves)
 

@@ -5,11 +5,11 @@ From finished runs to a scaling law: its fit, intervals, what it predicts, and w
     python fit_laws.py results/GRID/results.csv --out DIR              # again, from its table
     python fit_laws.py TABLE.csv --x params tokens --y loss --out DIR  # any table
     python fit_laws.py DIR/laws.json --recommend --users 30 --hours-per-user 2
-    python fit_laws.py DIR/laws.json --predict CELLS.csv               # before and after they run
+    python fit_laws.py DIR/laws.json --predict CELLS.csv               # cells before a run, or after
 
 The law of a grid is  loss = E + (A users^-a hours_per_user^-b + B params_encoder^-c)^delta.
 Users and hours per user are two ways to get data, so they share a term. Data and parameters are
-coupled: with delta below 1 the scarcer of the two decides (Kaplan et al. 2020, arXiv 2001.08361).
+coupled: with delta below 1 the scarcer of the two limits (Kaplan et al. 2020, arXiv 2001.08361).
 The fit is approach 3 of Hoffmann et al. 2022 (2203.15556). results/coverage.md tests all of this.
 """
 import argparse, csv, json, math
@@ -26,11 +26,11 @@ from scipy.stats import spearmanr
 
 from data import UserError, command, provenance, replacing, require, write_json
 
-HUBER = 1e-3                             # residuals above 0.1 % count by their size, not its square
+HUBER = 1e-3                             # residuals above 0.1 % count linearly, not squared
 DATA = ("users", "hours_per_user")
 FACTORS = (*DATA, "params_encoder")
 LAW_OF_A_GRID = "M2, data and parameters coupled"      # of `candidates`; why: results/coverage.md
-MAY_DIFFER = "users hours_per_user width depth heads seed steps".split()        # in a grid's config
+MAY_DIFFER = "users hours_per_user width depth heads seed steps".split()        # between cells
 Study = namedtuple("Study", "table y law fits tables laws")    # see `analyse`
 
 # ---------------------------------------------------------------- the law
@@ -49,7 +49,7 @@ class Shape:
         self.parameters = self.floor + len(self.terms) + len(self.x) + self.coupled
 
 def logs(table, shape):
-    """The log of each factor, (k, n), except of one with an exponential."""
+    """Log of each factor, (k, n); a factor with an exponential curve stays as it is."""
     if shape.enough:
         hours = 1 / (1 / table["hours_per_user"] + 1 / shape.enough)
         table = {**table, "data": table["users"] * hours}
@@ -65,7 +65,7 @@ def law(theta, u, shape):
     T = len(shape.terms)
     E, a, alpha, delta = theta[0], theta[1:1 + T], theta[1 + T:-1], math.exp(theta[-1])
     bends, slopes = -alpha[:, None] * u, -u
-    if "logarithm" in shape.curve:       # 1 - alpha u in the place of exp(-alpha u)
+    if "logarithm" in shape.curve:       # 1 - alpha u in place of exp(-alpha u)
         i = shape.x.index(shape.curve[1])
         slopes[i] /= 1 + bends[i]
         bends[i] = np.log1p(bends[i])
@@ -108,7 +108,7 @@ class Fit:
         return self.numbers()["alpha"][self.shape.x.index(x)]
 
     def numbers(self):
-        """Those of E + (sum over terms of A times each x^-(alpha / delta))^delta."""
+        """E, A, alpha, delta of E + (sum over terms of A times each x^-(alpha / delta))^delta."""
         T, delta = len(self.shape.terms), math.exp(self.theta[-1])
         alpha = self.theta[1 + T:-1] / self.half
         a = self.theta[1:1 + T] + self.shape.member @ (alpha * self.middle) + math.log(self.unit)
@@ -116,7 +116,7 @@ class Fit:
         numbers = {"E": self.unit * self.theta[0], "A": A.tolist(), "alpha": alpha.tolist()}
         return {**numbers, "delta": delta} if self.shape.coupled else numbers
 
-@np.errstate(all="ignore")               # a trial step may lead far out
+@np.errstate(all="ignore")               # trial steps may overflow
 def fit(table, shape, y, near=None):
     """Fit a shape to `table` {column: (n,)}; `near`, the fit to a similar table, saves time."""
     u, log_y, T, k = logs(table, shape), np.log(table[y]), len(shape.terms), len(shape.x)
@@ -130,8 +130,8 @@ def fit(table, shape, y, near=None):
     signs = [.8, *[-3] * T, *[.8] * k, -1]
     starts = np.random.default_rng(0).uniform(0, 1, (48, T + k + 2)) * signs
     if near:
-        starts = [near.theta, *starts[:2]]       # from the best alone, resamples stick
-    for steps in (15, 3000):             # all starts for a while, then the best four to the end
+        starts = [near.theta, *starts[:2]]       # from `near` alone, the fit may stick
+    for steps in (15, 3000):             # all starts briefly, then the best four to the end
         options = {"maxiter": steps, "ftol": 1e-11, "gtol": 1e-6, "maxcor": 20}
         ends = [minimize(objective, start, problem, "L-BFGS-B", True, bounds=bounds,
                          options=options) for start in starts]
@@ -142,7 +142,7 @@ def fit(table, shape, y, near=None):
     return fitted
 
 def aicc(fitted):
-    """Akaike's criterion by Laplace's density, which Huber's is past 0.1 %; lower is better."""
+    """AICc with the Laplace density, as Huber's loss is linear above 0.1 %; lower is better."""
     n, k = len(fitted.residuals), fitted.shape.parameters + 1
     deviance = 2 * n * math.log(2 * math.e * max(fitted.objective, 1e-12) / n / HUBER)
     return deviance + 2 * k + 2 * k * (k + 1) / max(n - k - 1, 1e-3)
@@ -157,7 +157,7 @@ def take(table, rows):
 
 def resampled(table, y, draws=1):
     """{"whole": [table], ...: the tables that intervals are made from}. Runs of one seed share
-    people, so each seed is left out whole in turn, and so is each held-out person. Without a
+    people, so each whole seed is left out in turn, and so is each held-out person. Without a
     column `seed`, rows are drawn with replacement."""
     tables, seeds = {"whole": [table]}, np.unique(table.get("seed", []))
     if draws and "seed" not in table:
@@ -171,7 +171,7 @@ def resampled(table, y, draws=1):
     return tables
 
 def estimate(quantity, samples, scale="signed"):
-    """A quantity and its 95 % interval, from `resampled` tables or the fits to them: of seeds the
+    """A quantity and its 95 % interval, from `resampled` tables or the fits to them: with seeds the
     jackknife's error times Student's t. `ci95_people` counts held-out people as well."""
     change, back = SCALES[scale]
     value, square = np.asarray(quantity(samples["whole"][0])), 0
@@ -190,7 +190,7 @@ def estimate(quantity, samples, scale="signed"):
 
 # ---------------------------------------------------------------- what is held out
 def setting(table, x):
-    """A grid sets a cap on the hours of each user; people who recorded less give all they have."""
+    """A grid's setting of x: of hours, the cap, as users who recorded less give all they have."""
     return table["cap" if x == "hours_per_user" and "cap" in table else x]
 
 def largest(table, x):
@@ -226,7 +226,7 @@ def candidates(table, varied, y, floor):
         hours, caps = Shape((("data",), *rest), floor, enough=1e9), table["hours_per_user"]
         trials = np.geomspace(caps.min() / 4, caps.max() * 10, 12)
         fewer, near = [replace(hours, enough=enough) for enough in trials], fit(table, hours, y)
-        fewer = min(fewer, key=lambda one: fit(table, one, y, near).objective)
+        fewer = min(fewer, key=lambda shape: fit(table, shape, y, near).objective)
         shapes |= {"M0, only hours in all count": hours,
                    "MA, a term for each factor": Shape(tuple((x,) for x in varied), floor),
                    "MC, hours of a person count less and less": fewer,
@@ -237,23 +237,23 @@ def candidates(table, varied, y, floor):
 def other_curves(shape):
     """{name: shape}, the same law with another curve in the place of the power law in a factor."""
     return {f"{kind} in {x}": replace(shape, curve=(kind, x), floor=shape.floor and (
-                kind == "exponential" or len(shape.x) > 1))        # a logarithm alone needs none
+                kind == "exponential" or len(shape.x) > 1))        # a lone logarithm has no floor
             for x in shape.x for kind in ("logarithm", "exponential")}
 
 def analyse(table, shapes, a):
-    """Fit the shapes, of which the first is the law; predict what is held out; resample."""
+    """Fit the shapes, the first of which is the law; predict the held-out rows; resample."""
     shape = next(iter(shapes.values()))
     shapes = shapes | other_curves(shape)
-    least = max(5, *(one.parameters for one in shapes.values()))
+    least = max(5, *(candidate.parameters for candidate in shapes.values()))
     require(len(table[a.y]) >= least, f"{a.target} has {len(table[a.y])} rows, which are too few "
-            f"for a law of {', '.join(shape.x)}: it takes {least}, add runs")
-    fits = {name: fit(table, one, a.y) for name, one in shapes.items()}
+            f"for a law of {', '.join(shape.x)}: it needs {least}, add runs")
+    fits = {name: fit(table, candidate, a.y) for name, candidate in shapes.items()}
     columns = [x for x in dict.fromkeys([a.holdout or shape.columns[0], *shape.columns])
                if sum(~largest(table, x)) >= least]
     require(not a.holdout or a.holdout in columns,
-            f"too few rows are left to fit without the largest {a.holdout}: add runs")
-    for one in fits.values():
-        one.held = {x: hold_out(table, one, a.y, x) for x in columns}
+            f"{a.target} has too few rows left without the largest {a.holdout}: add runs")
+    for fitted in fits.values():
+        fitted.held = {x: hold_out(table, fitted, a.y, x) for x in columns}
     law, tables = next(iter(fits.values())), resampled(table, a.y, a.bootstrap)
     with ProcessPoolExecutor(2) as pool:
         again = partial(fit, shape=shape, y=a.y, near=law)
@@ -319,7 +319,7 @@ def users_or_hours(study):
     return verdicts
 
 def power_law(study, x):
-    """Left open if another curve has a lower AICc or predicts the largest x better; if both, no."""
+    """Undecided if another curve has a lower AICc or predicts the largest x better; no if both."""
     law, against, refuted = study.law, "", False
     for name in (f"logarithm in {x}", f"exponential in {x}"):
         other = study.fits[name]
@@ -330,7 +330,7 @@ def power_law(study, x):
                    "positive", against, refuted)
 
 def size_gap(table, y):
-    """How much more log loss a tenfold model saves for each doubling of the hours in all."""
+    """How much more log loss a tenfold larger model saves per doubling of the total hours."""
     sizes, same_draw = table["params_encoder"], labels(table, "{users} {cap} {seed}")
     columns = [np.log10(sizes) * np.log2(table["hours"]), *(sizes == np.unique(sizes)[1:, None])]
     return -regress(np.log(table[y]), columns, same_draw)[0]
@@ -340,7 +340,7 @@ def interaction(study):
     smallest = table["params_encoder"] == table["params_encoder"].min()
     rows = take(table, np.isin(table["seed"], table["seed"][smallest]))    # seeds with all sizes
     added = replace(law.shape, coupled=False)
-    other = next(one for one in study.fits.values() if one.shape == added)
+    other = next(fitted for fitted in study.fits.values() if fitted.shape == added)
     worse = any(predicts_worse(law, other, x) for x in law.held)
     return verdict("larger models need more data", "What a tenfold model saves in log loss grows, "
                    "per doubling of the hours in all, by", partial(size_gap, y=study.y),
@@ -353,8 +353,8 @@ def capacity(law, plan):
     return sizes[np.argmax(losses <= 1.01 * losses[-1])]
 
 def frontier(table):
-    """The lowest loss of any run for a given compute, from where the first run was at its best."""
-    runs = table["curve"]                # of each run an array (2, evaluations): flops, loss
+    """The lowest loss of any run at a given compute, from where the first run has its minimum."""
+    runs = table["curve"]                # per run an array (2, evaluations): flops, loss
     budgets = np.geomspace(min(flops[loss.argmin()] for flops, loss in runs),
                            max(flops[-1] for flops, _ in runs), 60)
     losses = np.array([np.append(np.inf, np.minimum.accumulate(loss))[
@@ -377,8 +377,8 @@ def downstream(study, score):
     def follows(rows):
         return -spearmanr(rows[study.y], rows[score])[0]
     rows = take(study.table, np.isfinite(study.table[score]))
-    within = {size: follows(some) for size, some in grouped(rows, "{params_encoder:.0f}").items()
-              if len(some[score]) > 4}
+    within = {size: follows(group) for size, group in grouped(rows, "{params_encoder:.0f}").items()
+              if len(group[score]) > 4}
     text = f"Within a size {np.round([*within.values()], 2)}; over all"
     return {"within_size": within, **verdict(f"{score}: higher where the loss is lower", text,
                                              follows, resampled(rows, ""), "correlation")}
@@ -403,11 +403,11 @@ def read_csv(path):
             lines = [row for row in csv.reader(file, skipinitialspace=True) if row]
     except (OSError, ValueError, csv.Error):
         raise UserError(f"{path} is no CSV table or folder of runs: name one") from None
-    require(len(lines) > 1, f"{path} has no rows")
+    require(len(lines) > 1, f"{path} has no rows: give a header and a line per row")
     names, *rows = lines
     require(len(set(names)) == len(names), f"{path} has a column twice in {names}: rename one")
     for line, row in enumerate(rows, 2):
-        require(len(row) == len(names), f"{path}, line {line}: the header has {len(names)} fields")
+        require(len(row) == len(names), f"{path}, line {line}: give it {len(names)} fields")
     return dict(zip(names, np.array(rows, object).T))
 
 def number(text):
@@ -417,7 +417,7 @@ def number(text):
         return math.nan
 
 def numbers(texts, name, path, low=-math.inf):
-    """A column as numbers, nan where it has something else; with `low`, all are above it."""
+    """A column as numbers, nan where it has other text; if `low` is given, all must be above it."""
     require(name in texts, f"{path} has no column '{name}'; it has {', '.join(texts)[:200]}")
     values = np.array([number(text) for text in texts[name]])
     bad = next((line for line, value in enumerate(values, 2) if not low < value < math.inf), 0)
@@ -425,7 +425,7 @@ def numbers(texts, name, path, low=-math.inf):
     return values
 
 def read_json(path):
-    """What a .json file holds; of a .jsonl file the list of its lines."""
+    """The content of a .json file; of a .jsonl file, the list of its lines."""
     try:
         text = path.read_text()
         return json.loads(f"[{','.join(text.splitlines())}]" if path.suffix == ".jsonl" else text)
@@ -433,11 +433,11 @@ def read_json(path):
         raise UserError(f"{path} can't be read ({error}): make it again") from None
 
 def collect(folder, out):
-    """Write results.csv, a row a finished run, and curves.csv, a row an evaluation, into `out`."""
+    """Write results.csv (a row per finished run), curves.csv (a row per evaluation) into `out`."""
     results, curves, first = [], [], {}
     for cell in sorted(folder.glob("*/")):
         if not (cell / "result.json").is_file():
-            print(f"note: {cell.name} is not done and left out")
+            print(f"note: {cell.name} is not done and is left out")
             continue
         result, name = read_json(cell / "result.json"), {"name": cell.name}
         for key in result["config"].keys() - MAY_DIFFER:
@@ -445,7 +445,7 @@ def collect(folder, out):
             require(value == other, f"{folder} mixes configurations: {key} is {value} in "
                     f"{cell.name}, and {other} in others: give each its own folder")
         row = {key: result[key] for key in result if not isinstance(result[key], (dict, list))}
-        row |= {"person.{source}/{user}".format(**one): one["loss"] for one in result["people"]}
+        row |= {"person.{source}/{user}".format(**who): who["loss"] for who in result["people"]}
         for path in sorted(cell.glob("finetune/*-probe.json")):
             scores, data = read_json(path), path.name.removesuffix("-probe.json")
             row |= {f"{data}_{key}": scores[key] for key in ("macro_f1", "accuracy", "macro_f1_sd")}
@@ -460,7 +460,7 @@ def collect(folder, out):
     return out / "results.csv"
 
 def labels(table, text):
-    """`text` filled in for each row, (n,): it has names of columns in braces."""
+    """`text` for each row, (n,): names of columns in braces are replaced by their values."""
     return np.array([text.format(**{key: values[row] for key, values in table.items()})
                      for row in range(len(table["users"]))])
 
@@ -471,7 +471,7 @@ def read_grid(path, a):
     table |= {x: numbers(texts, x, path, 0) for x in (a.y, "hours", *FACTORS)}
     table["cap"], names = np.nan_to_num(table["hours_cap"], nan=math.inf), texts["name"]
     people = [table[key] for key in table if key.startswith("person.")]
-    if people and np.isfinite(people).all():               # all runs were measured on these people
+    if people and np.isfinite(people).all():               # all runs have the same people
         table["people"] = np.transpose(people)
     if path.with_name("curves.csv").is_file():
         curves = read_csv(path.with_name("curves.csv"))
@@ -481,12 +481,12 @@ def read_grid(path, a):
             table["curve"] = np.fromiter(runs, object, len(names))
     capped, group = texts["converged"] == "False", labels(table, "{users} {cap} {params_encoder}")
     require(a.converged_only or not capped.any(), f"{', '.join(names[capped])} did not converge: "
-            "run them on with more --steps, or leave them out by --converged-only")
+            "continue them with more --steps, or leave them out by --converged-only")
     small = np.array([table["unexplained"][group == setting].mean() for setting in group]
                      ) > a.max_unexplained                 # of a setting: single runs are noisy
-    for left, why in ((capped, "did not converge"), (small, "hardly learned (--max-unexplained)")):
-        if left.any():
-            print(f"note: not in the law: {sum(left)} of {len(names)} cells {why}:", *names[left])
+    for out, why in ((capped, "did not converge"), (small, "hardly learned (--max-unexplained)")):
+        if out.any():
+            print(f"note: not in the law: {sum(out)} of {len(names)} cells {why}:", *names[out])
     return {**table, "used": ~capped & ~small}
 
 # ---------------------------------------------------------------- a law in laws.json, and advice
@@ -495,25 +495,25 @@ def summary(error):
             "worst_relative_error": error.max(), "rms_relative_error": np.sqrt(np.mean(error ** 2))}
 
 def entry(study, name):
-    """A law as it stands in laws.json; of the first, intervals and what they are made from."""
+    """A law as laws.json has it; the first one with its intervals and the fits behind them."""
     law, table = study.fits[name], study.table
     shape, n, numbers = law.shape, len(law.residuals), law.numbers()
     power = "^(-alpha/delta)" if shape.coupled else "^-alpha"
     terms = " + ".join(f"A {' '.join(x + power for x in term)}" for term in shape.terms)
     form = "E + " * shape.floor + (f"({terms})^delta" if shape.coupled else terms)
-    held = {x: {"column": x, **summary(one["error"])} for x, one in law.held.items()}
+    held = {x: {"column": x, **summary(rows["error"])} for x, rows in law.held.items()}
     result = {"name": name, "x": shape.x, "terms": shape.terms, "y": study.y, "form": form,
               **numbers, "enough": shape.enough, "ci95": None, "objective": law.objective, "n": n,
               "aicc": aicc(law), "holdout": next(iter(held.values()), None), "held_out": held}
     if law is study.law:
         around = {key: estimate(lambda law: law.numbers()[key], study.laws,
                                 "ratio" if key in ("A", "delta") else "signed") for key in numbers}
-        result |= {kind: {key: one[kind] for key, one in around.items()}
+        result |= {kind: {key: interval[kind] for key, interval in around.items()}
                    for kind in ("ci95", "ci95_people") if around["E"][kind]}
         spread = (law.residuals ** 2).sum() / max(n - shape.parameters, 1)
         result |= {"scatter": 1.96 * math.sqrt(spread),
                    "range": {x: [min(table[x]), max(table[x])] for x in shape.columns},
-                   "resampled": {kind: [one.numbers() for one in laws[:200]]
+                   "resampled": {kind: [resample.numbers() for resample in laws[:200]]
                                  for kind, laws in study.laws.items()}}
     return result
 
@@ -524,11 +524,11 @@ def report(entries, verdicts):
         if key in first:
             ends = (first["ci95"] or {}).get(key, [])
             print(f"  {key:6}", np.round(first[key], 4), *np.round(ends, 4).tolist())
-    for one in entries:
-        held = ", ".join("{column} {rms_relative_error:.1%}".format(**each)
-                         for each in one["held_out"].values())
-        print(f"  {one['name']:42} AICc {one['aicc']:7.1f}  rms error of the largest: {held}")
-    print(*[f"- {one['text']}" for one in verdicts.values()], sep="\n")
+    for law in entries:
+        held = ", ".join("{column} {rms_relative_error:.1%}".format(**errors)
+                         for errors in law["held_out"].values())
+        print(f"  {law['name']:42} AICc {law['aicc']:7.1f}  rms error of the largest: {held}")
+    print(*[f"- {verdict['text']}" for verdict in verdicts.values()], sep="\n")
 
 def read_law(path):
     """A laws.json, its first law, and that law's fits to the resampled tables."""
@@ -539,8 +539,8 @@ def read_law(path):
 
     def fit_of(E, A, alpha, delta=1):
         return Fit(shape, np.array([E, *delta * np.log(A), *alpha, math.log(delta)]))
-    return content, first, {kind: [fit_of(**numbers) for numbers in some]
-                            for kind, some in first["resampled"].items()}
+    return content, first, {kind: [fit_of(**numbers) for numbers in draws]
+                            for kind, draws in first["resampled"].items()}
 
 def expected(first, laws, table):
     """The loss of each row, and the band of 95 % of single runs: the law's interval and scatter."""
@@ -600,7 +600,7 @@ def grouped(table, text):
 
 def draw(title, x, y, groups, law=None):
     """Points of each group (empty: left out of the law); with a law its lines, named at the end."""
-    from matplotlib import figure, ticker    # here, so that --help and refusals don't wait for it
+    from matplotlib import figure, ticker    # here, so that --help and errors come fast
     ax = figure.Figure(figsize=(7, 5), layout="constrained").subplots()
     ax.set(title=title, xlabel=LABELS.get(x, x), ylabel=LABELS.get(y, y))
     ax.spines[["top", "right"]].set_visible(False)
@@ -621,7 +621,7 @@ def draw(title, x, y, groups, law=None):
             ax.plot(line[x], law.loss(line), color=colour)
             ends.append((law.loss(line)[-1], line[x][-1], name, colour))
     height, gap = -math.inf, np.ptp(ax.get_ylim()) / 25
-    for end, right, name, colour in sorted(ends):          # no name covers another
+    for end, right, name, colour in sorted(ends):          # names don't overlap
         height = max(end, height + gap)
         ax.text(right, height, f"  {name}", color=colour, fontsize=8, va="center")
     if not law:
@@ -629,7 +629,7 @@ def draw(title, x, y, groups, law=None):
     return ax
 
 def draw_grid(study, shown, verdicts):
-    """{name: axes}, as far as the grid varies what they show; `shown` has all of its cells."""
+    """{name: axes}, those whose factors vary in the grid; `shown` has all of its cells."""
     shown = take(shown, np.lexsort([shown[x] for x in reversed(FACTORS)]))
     y, law, sizes = study.y, study.law, shown["params_encoder"]
     main = take(shown, sizes == np.quantile(sizes, .5, method="nearest"))
@@ -674,26 +674,26 @@ def parse():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("target", type=Path, help="a folder of runs, a grid's results.csv, a table, a laws.json")
+    add("target", type=Path, help="folder of runs, a grid's results.csv, a table, or a laws.json")
     add("--out", type=Path, help="folder for laws.json, the figures and a grid's tables")
-    add("--x", nargs="+", metavar="TERM", help="a table's columns; those joined by * share a term")
+    add("--x", nargs="+", metavar="TERM", help="columns of a table; those joined by * share a term")
     add("--y", default="loss", help="the column to explain (default: loss)")
     add("--no-floor", action="store_true", help="E is 0: with enough data any loss can be reached")
-    add("--holdout", metavar="COLUMN", help="predict its largest rows from the rest (default: all)")
+    add("--holdout", metavar="COLUMN", help="predict the rows where it is largest (default: all)")
     add("--bootstrap", type=int, default=1000, help="resampled tables for the intervals, or 0; "
-        "with seeds each is left out once instead (default: 1000)")
+        "with seeds, each seed is left out once instead (default: 1000)")
     add("--converged-only", action="store_true", help="leave out cells that --steps cut off")
     add("--max-unexplained", type=float, default=.93, help="settings (users x hours x model) that "
         "leave more of the signal unexplained, on average over their seeds, have hardly learned "
         "and stay out of the law (default: 0.93)")
-    add("--recommend", action="store_true", help="capacity, loss and whom to record next, for:")
+    add("--recommend", action="store_true", help="print capacity, loss, whom to record next, for:")
     add("--users", type=float, help="users in the plan")
     add("--hours-per-user", type=float, help="hours recorded of each")
     add("--predict", metavar="CSV", help="write prediction.json for these cells (name, factors), "
         "or outcome.json with the errors if they have a measured loss")
     a = p.parse_args()
     require(a.bootstrap >= 0 and (a.out or a.recommend or a.predict),
-            "--out must name a folder, and --bootstrap be 0 or more")
+            "give --out a folder to write to, and --bootstrap a number of 0 or more")
     return a
 
 def main():
@@ -718,9 +718,9 @@ def main():
     fixed = [x for x in factors if levels[x] < 3]
     require(not a.holdout or a.holdout in used, f"{a.target} has no column '{a.holdout}'")
     require(not fixed or not a.x and len(fixed) < 3,
-            f"{a.target} has too few values of {', '.join(fixed)}: an exponent takes 3, add runs")
+            f"{a.target} has too few values of {', '.join(fixed)}: an exponent needs 3, add runs")
     for x in fixed:
-        print(f"note: {x} is left out of the law: an exponent takes 3 settings of it")
+        print(f"note: {x} is left out of the law: an exponent needs 3 settings of it")
     if "seed" in used and len(np.unique(used["seed"])) < 3:
         print("note: fewer than 3 seeds, so no intervals and no claims")
     if a.x:
