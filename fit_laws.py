@@ -5,7 +5,7 @@ From finished runs to a scaling law: its fit, intervals, what it predicts, and w
     python fit_laws.py results/GRID/results.csv --out DIR              # again, from its table
     python fit_laws.py TABLE.csv --x params tokens --y loss --out DIR  # any table
     python fit_laws.py DIR/laws.json --recommend --users 30 --hours-per-user 2
-    python fit_laws.py DIR/laws.json --predict CELLS.csv               # cells before a run, or after
+    python fit_laws.py DIR/laws.json --predict CELLS.csv               # before and after runs
 
 The law of a grid is  loss = E + (A users^-a hours_per_user^-b + B params_encoder^-c)^delta.
 Users and hours per user are two ways to get data, so they share a term. Data and parameters are

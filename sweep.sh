@@ -3,27 +3,27 @@
 #
 #   bash sweep.sh                    # the whole study, small, on a simulated population
 #   DATA=pool PROBES=ucihar USERS="4 8 all" HOURS="0.05 0.2" OUT=runs/pool bash sweep.sh
-#   bash sweep.sh --list             # a line a cell: done, running, failed or to do; its commands
-#   sbatch --array=1-N sweep.sh      # a Slurm task a cell (N lines in --list); then bash sweep.sh
+#   bash sweep.sh --list             # one line per cell: done, running, failed or to do; commands
+#   sbatch --array=1-N sweep.sh      # one Slurm task per cell (N lines in --list); then bash sweep.sh
 #
 # Stop it, kill it, run it again or twice at once: a cell that is done is skipped, one that was cut
 # off resumes, one that another sweep works on is left to it, one that failed is tried again. A cell
 # is done when OUT/CELL/done has what would run now: its commands, and its data's fingerprints.
-# Exit status: 0 if all is done, 1 if a cell isn't, 2 for a grid without sense, or without a law.
+# Exit status: 0 if all is done, 1 if a cell isn't, 2 for an invalid grid, or one without a law.
 
 #SBATCH --requeue --open-mode=append --signal=B:USR1@60
 # ---------------------------------------------------------------- the grid
-set -f -a        # words are no file patterns; variables and functions reach the shells of xargs
+set -f -a        # no file patterns; variables and functions are passed to the shells of xargs
 DATA=${DATA:-simulated}                          # a data set, or several: a+b; prepared if missing
 quick="--patch 10 --mask-ratio 0.5 --patience 0.15 --batch 32 --lr 0.05"      # minutes, not hours
 [ "$DATA" != simulated ] || : "${PROBES=simulated}" "${FLAGS=$quick}"
 users=(${USERS:-6 12 24})                        # training users, or all
 hours=(${HOURS:-0.0125 0.025 0.05})              # hours per user at most, or all
 models=(${MODELS:-16x1x2})                       # width x depth x heads
-seeds=(${SEEDS:-0 1 2})                          # each draws users, weights, batches and masks
+seeds=(${SEEDS:-0 1 2})                          # each seed draws users, weights, batches, masks
 STEPS=${STEPS:-20000}                            # a cell ends when its loss stops falling, or here
 FLAGS=${FLAGS-}                                  # more flags of pretrain.py: "--rotate 0.5"
-OUT=${OUT:-runs/$DATA}                           # a folder a cell
+OUT=${OUT:-runs/$DATA}                           # one folder per cell
 RESULTS=${RESULTS:-results/$(basename "$OUT")}   # the table, the laws and the figures
 cores=${SLURM_CPUS_ON_NODE:-$(getconf _NPROCESSORS_ONLN)}
 JOBS=${JOBS:-$cores}                             # cells at once: two of one thread beat one of two
@@ -52,7 +52,7 @@ if [ -n "${SLURM_ARRAY_TASK_ID-}" ]; then
 fi
 code=$(dirname "$0"); [ -f "$code/pretrain.py" ] || code=$SLURM_SUBMIT_DIR   # Slurm runs a copy
 PYTHON=${PYTHON:-$(command -v ${VIRTUAL_ENV:+python} "$code/.venv/bin/python" python3 | head -n 1)}
-here=$(printf '%q %q/' "$PYTHON" "$code") there=$(printf %q/ "$OUT") OMP_NUM_THREADS=$THREADS
+here=$(printf '%q %q/' "$PYTHON" "$code") out_dir=$(printf %q/ "$OUT") OMP_NUM_THREADS=$THREADS
 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2000000000   # glibc keeps what is freed: faster steps
 
 # ---------------------------------------------------------------- a cell
@@ -61,12 +61,12 @@ commands() {                                     # of a cell, and what its data 
     line="--users ${u#u} --hours-per-user ${h#h} --width $width --depth $depth --heads $heads"
     line=${line/--users all /}; line=${line/--hours-per-user all /}
     line="${here}pretrain.py --data $DATA $line --seed ${s#s} --steps $STEPS${FLAGS:+ $FLAGS}"
-    line+=" --out $there$1 --threads $THREADS"
-    for set in $PROBES; do line+=" && ${here}finetune.py $there$1 --data $set --mode probe"; done
+    line+=" --out ${out_dir}$1 --threads $THREADS"
+    for set in $PROBES; do line+=" && ${here}finetune.py ${out_dir}$1 --data $set --mode probe"; done
     set=$(printf ' data/%s/meta.json' ${DATA//+/ } ${PROBES//+/ })
     echo "$line #" $(grep -hos '"fingerprint": "[^"]*"' $set)
 }
-record() {                                       # the same without where they run
+record() {                                       # the same without paths and threads
     local line; line=$(commands "$1"); line=${line//"$here"/}; echo "${line/ --threads $THREADS/}"
 }
 is_done() { [ -s "$OUT/$1/result.json" ] && [ "$(cat "$OUT/$1/done" 2>&1)" = "$(record "$1")" ]; }
@@ -80,7 +80,7 @@ progress() {
     for cell in $grid; do state "$cell"; done | awk '{ n[$1]++ } END {
         printf "%d of %d done, %d running, %d failed\n", n["done"], NR, n["running"], n["failed"] }'
 }
-work() {                                         # on one cell, in a shell of its own
+work() {                                         # on one cell, in its own shell
     local dir="$OUT/$1" how= lines=1
     mkdir -p "$dir" && exec 2>&1 3>&1 9>> "$dir/.sweep"     # 9 is locked until the last of us ends
     lock "$round" && ! is_done "$1" && [ ! -f "$dir/failed" ] || return 0     # others work, or did
@@ -108,7 +108,7 @@ all_cells() {                                    # ends with the last process of
     trap : TERM
     xargs -n 1 -P "$JOBS" bash -c 'work "$0"' <<< "$cells" 2>/dev/null | (trap '' TERM; exec cat)
 }
-main() {                                         # read whole before it runs
+main() {                                         # bash reads it whole before it runs
     local set cell open job= stop= requeue=
     trap 'leave 130' INT; trap 'requeue=; leave 143' TERM; trap 'leave 129' HUP
     trap 'requeue=$task; leave 143' USR1         # from Slurm, a minute before the time limit
@@ -119,7 +119,7 @@ main() {                                         # read whole before it runs
     exec 9>&-
     for cell in $cells; do rm -f "$OUT/$cell/failed"; done
     began=$(date +%s); echo "$(progress); $JOBS at a time into $OUT"
-    for round in "LOCK_EX | LOCK_NB" LOCK_EX; do run all_cells; done    # then what others worked on
+    for round in "LOCK_EX | LOCK_NB" LOCK_EX; do run all_cells; done    # then cells of others
     open=$(for cell in $cells; do is_done "$cell" || echo "$cell"; done)
     [ -z "$open" ] || { echo "sweep.sh: not done, see OUT/CELL/log.txt:" $open >&2; exit 1; }
     [ "$cells" != "$grid" ] || run "$PYTHON" "$code/fit_laws.py" "$OUT" --out "$RESULTS"
