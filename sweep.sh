@@ -4,7 +4,7 @@
 #   bash sweep.sh                    # the whole study, small, on a simulated population
 #   DATA=pool PROBES=ucihar USERS="4 8 all" HOURS="0.05 0.2" OUT=runs/pool bash sweep.sh
 #   bash sweep.sh --list             # one line per cell: done, running, failed or to do; commands
-#   sbatch --array=1-N sweep.sh      # one Slurm task per cell (N lines in --list); then bash sweep.sh
+#   sbatch --array=1-N sweep.sh      # one Slurm task per cell (N lines of --list); then sweep.sh
 #
 # Stop it, kill it, run it again or twice at once: a cell that is done is skipped, one that was cut
 # off resumes, one that another sweep works on is left to it, one that failed is tried again. A cell
@@ -61,8 +61,8 @@ commands() {                                     # of a cell, and what its data 
     line="--users ${u#u} --hours-per-user ${h#h} --width $width --depth $depth --heads $heads"
     line=${line/--users all /}; line=${line/--hours-per-user all /}
     line="${here}pretrain.py --data $DATA $line --seed ${s#s} --steps $STEPS${FLAGS:+ $FLAGS}"
-    line+=" --out ${out_dir}$1 --threads $THREADS"
-    for set in $PROBES; do line+=" && ${here}finetune.py ${out_dir}$1 --data $set --mode probe"; done
+    line+=" --out $out_dir$1 --threads $THREADS"
+    for set in $PROBES; do line+=" && ${here}finetune.py $out_dir$1 --data $set --mode probe"; done
     set=$(printf ' data/%s/meta.json' ${DATA//+/ } ${PROBES//+/ })
     echo "$line #" $(grep -hos '"fingerprint": "[^"]*"' $set)
 }
