@@ -237,7 +237,7 @@ def candidates(table, varied, y, floor):
 def other_curves(shape):
     """{name: shape}, the same law with another curve in the place of the power law in a factor."""
     return {f"{kind} in {x}": replace(shape, curve=(kind, x), floor=shape.floor and (
-                kind == "exponential" or len(shape.x) > 1))        # a lone logarithm has no floor
+                kind == "exponential" or len(shape.x) > 1))        # a lone logarithm needs none
             for x in shape.x for kind in ("logarithm", "exponential")}
 
 def analyse(table, shapes, a):
@@ -407,7 +407,7 @@ def read_csv(path):
     names, *rows = lines
     require(len(set(names)) == len(names), f"{path} has a column twice in {names}: rename one")
     for line, row in enumerate(rows, 2):
-        require(len(row) == len(names), f"{path}, line {line}: give it {len(names)} fields")
+        require(len(row) == len(names), f"{path}, line {line}: needs the {len(names)} fields of the header")
     return dict(zip(names, np.array(rows, object).T))
 
 def number(text):
