@@ -407,7 +407,7 @@ def read_csv(path):
     names, *rows = lines
     require(len(set(names)) == len(names), f"{path} has a column twice in {names}: rename one")
     for line, row in enumerate(rows, 2):
-        require(len(row) == len(names), f"{path}, line {line}: needs the {len(names)} fields of the header")
+        require(len(row) == len(names), f"{path}, line {line}: the header has {len(names)} fields")
     return dict(zip(names, np.array(rows, object).T))
 
 def number(text):

@@ -293,7 +293,7 @@ BAD = {
     "text": (GOOD.replace("\n8,", "\neight,"), "must be a number"),
     "no such column": (GOOD.replace("x,", "y,", 1), "no column 'x'"),
     "a column twice": (GOOD.replace("x,z", "x,x", 1), "twice"),
-    "ragged": (GOOD + "1,2\n", "line 11: needs the 3 fields of the header"),
+    "ragged": (GOOD + "1,2\n", "line 11: the header has 3 fields"),
     "only a header": ("x,z,loss\n", "no rows"),
     "empty": ("", "no rows"),
     "binary": ("\udcff\udcfe\x00", "CSV")}
