@@ -663,9 +663,9 @@ def draw_capacity(study):
               "params_encoder", {"runs": study.table})
     for rows in grouped(study.table, "{users} {cap}").values():
         plan = {x: rows[x][0] for x in DATA}
-        low, high = estimate(lambda law: capacity(law, plan), study.laws, "ratio")["ci95"]
-        if high < 10 * low:
-            ax.plot([rows["hours"][0]] * 2, [low, high], color=COLOURS[1], lw=3)
+        ci95 = estimate(lambda law: capacity(law, plan), study.laws, "ratio")["ci95"]
+        if ci95 and ci95[1] < 10 * ci95[0]:
+            ax.plot([rows["hours"][0]] * 2, ci95, color=COLOURS[1], lw=3)
     ax.set_yscale("log")
     return ax
 

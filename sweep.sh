@@ -2,7 +2,7 @@
 # A sweep: every cell of a grid is pre-trained and probed, several at once; then laws are fitted.
 #
 #   bash sweep.sh                    # the whole study, small, on a simulated population
-#   DATA=pool PROBES=ucihar USERS="4 8 all" HOURS="0.05 0.2" OUT=runs/pool bash sweep.sh
+#   DATA=pool PROBES=ucihar USERS="4 8 all" HOURS="0.05 0.2" FLAGS="--rotate 0.5" bash sweep.sh
 #   bash sweep.sh --list             # one line per cell: done, running, failed or to do; commands
 #   sbatch --array=1-N sweep.sh      # one Slurm task per cell (N lines of --list); then sweep.sh
 #
@@ -22,7 +22,6 @@ hours=(${HOURS:-0.0125 0.025 0.05})              # hours per user at most, or al
 models=(${MODELS:-16x1x2})                       # width x depth x heads
 seeds=(${SEEDS:-0 1 2})                          # each seed draws users, weights, batches, masks
 STEPS=${STEPS:-20000}                            # a cell ends when its loss stops falling, or here
-FLAGS=${FLAGS-}                                  # more flags of pretrain.py: "--rotate 0.5"
 OUT=${OUT:-runs/$DATA}                           # one folder per cell
 RESULTS=${RESULTS:-results/$(basename "$OUT")}   # the table, the laws and the figures
 cores=${SLURM_CPUS_ON_NODE:-$(getconf _NPROCESSORS_ONLN)}
