@@ -238,8 +238,11 @@ def folder(user, names, read, settings):
     acc, gyro = x[:, :3], x[:, 3:]                 # views: x changes with them
     acc /= GRAVITY if settings["acc_unit"] == "m/s2" else 1
     gyro *= DEGREE if settings["gyro_unit"] == "deg/s" else 1
-    g = np.median(np.linalg.norm(acc, axis=1))
-    require(0.25 < g < 4, f"{path}: acceleration is {g:.2g} g, gravity is 1 g: check --acc-unit")
+    g, unit = np.median(np.linalg.norm(acc, axis=1)), settings["acc_unit"]
+    problem = f"{path}: acceleration is {g:.2g} g, gravity is 1 g: check --acc-unit"
+    require(g < 4 and (g > 0.25 or unit == "g"), problem)
+    if not 0.5 < g < 2:                            # perhaps gravity was subtracted
+        print(problem, file=sys.stderr)
     fast = (np.abs(gyro) > 35).mean() if gyro.size else 0
     require(fast < 0.05, f"{path}: rotation is often above 35 rad/s: is it --gyro-unit deg/s?")
     label[np.isin(label, ("-1", "-1.0", "nan"))] = ""

@@ -15,7 +15,7 @@
 # ---------------------------------------------------------------- the grid
 set -f -a        # no file patterns; variables and functions are passed to the shells of xargs
 DATA=${DATA:-simulated}                          # a data set, or several: a+b; prepared if missing
-quick="--patch 10 --mask-ratio 0.5 --patience 0.15 --batch 32 --lr 0.05"      # minutes, not hours
+quick="--patch 10 --mask-ratio 0.5 --patience 0.1 --batch 32 --lr 0.05"      # minutes, not hours
 [ "$DATA" != simulated ] || : "${PROBES=simulated}" "${FLAGS=$quick}"
 users=(${USERS:-6 12 24})                        # training users, or all
 hours=(${HOURS:-0.0125 0.025 0.05})              # hours per user at most, or all

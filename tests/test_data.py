@@ -231,7 +231,6 @@ BAD = {  # what makes a folder unusable: (its files, words of the sentence)
     "pickles": (arrays(np.array([{}], object)), "allow_pickle"),
     "no zip": ({"u.npz": "PK"}, "can't be read as a zip"),
     "m/s^2": (arrays(X25 * ([GRAVITY] * 3 + [1] * 3)), "check --acc-unit"),
-    "no gravity": (arrays(X25 * 0.1), "gravity"),
     "deg/s": (arrays(X25 * ([1] * 3 + [57.3] * 3)), "--gyro-unit deg/s"),
     "other sensors": (arrays() | {"v.npz": {"signal": X25[:, :3], "rate": 50}}, "keep them apart"),
 }
