@@ -620,7 +620,8 @@ def plot(name):
         ax.plot(np.arange(len(x)) / meta["rate"], x, lw=0.8, label=meta["channels"])
         ax.set(title=[*meta["classes"], "no label"][label], ylabel="g, rad/s")
     axes[0, 0].legend(ncols=6, fontsize=7)
-    fig.savefig(Path("data") / name / "plot.png", dpi=90)
+    with replacing(Path("data") / name / "plot.png") as temporary:
+        fig.savefig(temporary, dpi=90)
     print(f"data/{name}/plot.png shows {3 * len(kinds)} windows")
 
 def main():

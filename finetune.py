@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from scipy.optimize import minimize
 
 from data import (UserError, command, held_out_users, load, people, provenance, random_rotation,
-                  random_stream, replacing, write_json)
+                  random_stream, replacing, require, write_json)
 from model import MAE
 from pretrain import choose_device, load_checkpoint, number, read_config, windows_at
 
@@ -69,9 +69,9 @@ def user_folds(meta, users, trained_on, validation=False):
     if validation:
         unseen = np.setdiff1d(everyone, seen)
         folds = five_folds(folds[0][0], users, unseen, "validation folds")
-    if set(official) & set(seen) or not folds or not all(map(len, sum(folds, ()))):
-        raise UserError(f"{meta['name']} has too few users to test: this run was pre-trained on "
-                        f"{len(seen)} of {len(everyone)}; take another set or run")
+    require(not set(official) & set(seen) and folds and all(map(len, sum(folds, ()))),
+            f"{meta['name']} has too few users to test: this run was pre-trained on "
+            f"{len(seen)} of {len(everyone)}; take another set or run")
     return folds
 
 def few_users(folds, users, count):
@@ -79,9 +79,8 @@ def few_users(folds, users, count):
     few = []
     for k, (train, test) in enumerate(folds * (5 if len(folds) == 1 else 1)):
         order = random_stream("label users", k).permutation(np.unique(users[train]))
-        if count > len(order):
-            raise UserError(f"--label-users {count} is more than the {len(order)} training users "
-                            "of a fold: take fewer")
+        require(count <= len(order), f"--label-users {count} is more than the {len(order)} "
+                "training users of a fold: take fewer")
         few.append((split_rows(train, users, order[:count])[1], test))
     return few
 
@@ -298,8 +297,8 @@ def parse_flags():
 
 def export(model, config, folder):
     """Write a run folder with the encoder alone: without decoder blocks, which no probe needs."""
-    if (folder / "metrics.jsonl").exists():
-        raise UserError(f"{folder} holds a whole run, which --export would replace: choose another")
+    require(not (folder / "metrics.jsonl").exists(),
+            f"{folder} holds a whole run, which --export would replace: choose another")
     weights = {key: w for key, w in model.state_dict().items() if not key.startswith("decoder.")}
     with replacing(folder / "checkpoint.pt") as temporary, open(temporary, "wb") as file:
         torch.save({"best": weights}, file)
@@ -313,10 +312,9 @@ def main():
         return export(trained, config, Path(a.export))
     prepared, pretrained = load(a.data), config["flags"].get("sensors", "both")
     meta, rows = prepared.meta, np.flatnonzero(prepared.labels >= 0)
-    if not len(rows):
-        raise UserError(f"{a.data} has no labels, only --data with labels can be used here")
-    if pretrained not in ("both", a.sensors):
-        raise UserError(f"{a.run} was pre-trained with --sensors {pretrained}: give that here, too")
+    require(len(rows), f"{a.data} has no labels, only --data with labels can be used here")
+    require(pretrained in ("both", a.sensors),
+            f"{a.run} was pre-trained with --sensors {pretrained}: give that here, too")
     x = torch.from_numpy(windows_at(prepared, rows, a.sensors))                # (n, C, T)
     y = torch.from_numpy(prepared.labels[rows].astype(np.int64))
     users, names, classes = prepared.users[rows], np.array(meta["users"]), len(meta["classes"])
