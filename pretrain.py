@@ -425,6 +425,7 @@ def main():
         print("loss {loss:.4f}, {unexplained:.1%} of the baseline, best at step {best_step} of "
               "{steps}; converged: {converged}".format(**result))
     if world > 1:
+        del forward                                    # else it may wait for the group for ever
         dist.destroy_process_group()
 
 if __name__ == "__main__":
