@@ -9,11 +9,9 @@ Recordings to windows: every data set of the study, cut in the same way.
     python data.py                                  # all data sets, and which are prepared
     python data.py wisdm_watch                      # a published archive, downloaded if missing
     python data.py folder --raw my_recordings --name mine
-    python data.py plot mine                        # a picture: data/mine/plot.png
 """
-import argparse, contextlib, fcntl, functools, hashlib, importlib.metadata, io, itertools
-import json, math, multiprocessing, os, platform, re, shutil, signal, subprocess, sys, threading
-import zipfile, zlib
+import argparse, contextlib, fcntl, functools, hashlib, importlib.metadata, io, itertools, json
+import math, multiprocessing, os, re, shutil, signal, subprocess, sys, threading, zipfile, zlib
 from collections import Counter, namedtuple
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
@@ -23,14 +21,15 @@ import scipy                                       # submodules are imported at 
 
 RATE, SECONDS = 20, 10                             # Hz, s: a window has 200 samples
 CHANNELS = ["acc_x", "acc_y", "acc_z", "gyro_x", "gyro_y", "gyro_z"]
-SCALE = {"acc": 0.7, "gyro": 1.05}                 # g, rad/s: the model's input is divided by it
+SENSORS = {"both": slice(0, 6), "acc": slice(0, 3), "gyro": slice(3, 6)}          # of CHANNELS
+SCALE = np.float32([[0.7]] * 3 + [[1.05]] * 3)     # g, rad/s: the model's input is divided by it
 GRAVITY, DEGREE = 9.80665, np.pi / 180             # m/s^2 in 1 g, rad in 1 degree
 GAP, LARGEST = 0.5, 1e4                            # s: longer gaps cut; larger values are errors
-MEMBER_LIMIT, ZIP_LIMIT = 64 << 20, 1 << 30        # bytes: the most a file, a zip may unpack to
+FILE_LIMIT, ZIP_LIMIT = 64 << 20, 1 << 30          # bytes, unpacked: of a file, of zips in a zip
 
 # ---------------------------------------------------------------- the table of sources
 # members: pattern of the files to read; group 1 is the part, usually a user. archives: URLs, or
-# only a file name where no URL is stable. classes: label i is classes[i]; (): named in the files.
+# file names where no URL is stable. classes: label i is classes[i]; (): as named in the files.
 Source = namedtuple("Source", "text members archives classes length", defaults=("", (), (), 200))
 UCI = "https://archive.ics.uci.edu/static/public/"
 UCIHAR = "WALKING", "WALKING_UPSTAIRS", "WALKING_DOWNSTAIRS", "SITTING", "STANDING", "LAYING"
@@ -72,8 +71,6 @@ def command(main):
     """Run `main()` as a command line: an error is one sentence on stderr, never a traceback."""
     try:
         sys.exit(main())
-    except BrokenPipeError:                        # the reader, such as `| head`, has ended
-        os._exit(141)
     except (UserError, OSError, BrokenExecutor) as error:        # OSError: full disk, no permission
         message, status = error, 2
     except KeyboardInterrupt:
@@ -84,7 +81,6 @@ def command(main):
 @contextlib.contextmanager
 def replacing(path):
     """Yield a temporary name to write to; the file replaces `path` only if nothing went wrong."""
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
     try:
@@ -102,7 +98,7 @@ def provenance():
     git = subprocess.run("git describe --always --exclude='*' --abbrev=40 --dirty=+", shell=True,
                          cwd=Path(__file__).parent, capture_output=True, text=True)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "scipy")}
-    return {"commit": git.stdout.strip(), "python": platform.python_version(), **versions}
+    return {"commit": git.stdout.strip(), "python": sys.version.split()[0], **versions}
 
 def random_stream(*key):
     """A random generator for each use, by name: random_stream(seed, "masks", step)."""
@@ -114,8 +110,7 @@ def unbroken(t, x):
     kept = np.flatnonzero(np.isfinite(t) & (np.abs(x) < LARGEST).all(1))
     steps = np.diff(t[kept], prepend=-np.inf, append=np.inf)
     kept = kept[(steps[:-1] < GAP) | (steps[1:] > 0)]            # no jump ahead, then back
-    latest = np.maximum.accumulate(t[kept])
-    kept = kept[np.diff(latest, prepend=-np.inf) > 0]            # no stamps repeat or run back
+    kept = kept[np.diff(np.maximum.accumulate(t[kept]), prepend=-np.inf) > 0]    # none runs back
     steps, dropped = np.diff(t[kept]), np.diff(kept) - 1
     typical = np.median(steps) if len(steps) else 0
     cuts = np.flatnonzero((steps > GAP) | (dropped * typical > GAP)) + 1
@@ -133,9 +128,8 @@ def resample(t, x, start, n):
     return scipy.signal.resample_poly(spline(grid), 1, k, window=low_pass, padtype="antireflect")
 
 def cut(recordings, length):
-    """Recordings (user, label, streams) to windows (n, C, length) float16, the user and label of
-    each, and a count of what was left out and why. streams: one (t, x), or one for each sensor,
-    paired by their stamps; or the reason why there is none. No window crosses a gap."""
+    """Recordings (user, label, streams) to windows (n, C, length), the user and label of each, and
+    what was left out. streams: a (t, x) for each clock, or a sentence why there is none."""
     windows, rows, left_out = [], [], Counter()
     for user, label, streams in recordings:
         if isinstance(streams, str):
@@ -223,56 +217,47 @@ def sisfall(user, names, read, settings):
 def uschad(user, names, read, settings):
     """100 Hz, MATLAB files, g and deg/s."""
     for name in names:
-        x = scipy.io.loadmat(io.BytesIO(read(name)))["sensor_readings"]
-        x = x * ([1] * 3 + [DEGREE] * 3)
+        x = scipy.io.loadmat(io.BytesIO(read(name)))["sensor_readings"] * ([1] * 3 + [DEGREE] * 3)
         activity = name.split("/")[-1].split("t")[0]
         yield f"uschad_{user}", activity, [(np.arange(len(x)) / 100, x)]
 
 def folder(user, names, read, settings):
     """A .npz with signal (n, 6) or (n, 3), rate (5 to 10,000 Hz) and, if you like, segment, label
-    (n,); or a .csv with the columns t,ax,ay,az or t,ax,ay,az,gx,gy,gz and, if you like, label."""
+    (n,); or a .csv with the columns t,ax,ay,az[,gx,gy,gz][,label], t in seconds."""
     path = names[0]
-    t, x, segment, label = (read_npz if path.suffix == ".npz" else read_csv)(path)
+    fields = np.load(path) if path.suffix == ".npz" else read_csv(path)
+    x = fields["signal"].astype(float)
+    t = fields["t"] if "t" in fields else np.arange(len(x)) / fields["rate"].item()
+    segment = fields.get("segment", np.zeros(len(x)))
+    label = np.char.strip(fields.get("label", np.full(len(x), "")).astype(str))
+    if x.shape[1:] not in ((3,), (6,)) or not 4.9 < 1 / np.nanmedian(np.diff(t)) < 10_100:
+        raise ValueError(f"signal {x.shape}, or a rate that isn't 5 to 10,000 Hz")
     good = (np.abs(x) < LARGEST).all(1) & np.isfinite(t)
     require(good.all(), f"{path}, row {good.argmin() + 1}: missing or impossible value; drop it")
-    acc, gyro = x[:, :3], x[:, 3:]                 # views: x changes with them
-    acc /= GRAVITY if settings["acc_unit"] == "m/s2" else 1
-    gyro *= DEGREE if settings["gyro_unit"] == "deg/s" else 1
-    g, unit = np.median(np.linalg.norm(acc, axis=1)), settings["acc_unit"]
+    x[:, :3] /= GRAVITY if settings["acc_unit"] == "m/s2" else 1
+    x[:, 3:] *= DEGREE if settings["gyro_unit"] == "deg/s" else 1
+    g = np.median(np.linalg.norm(x[:, :3], axis=1))
     problem = f"{path}: acceleration is {g:.2g} g, gravity is 1 g: check --acc-unit"
-    require(g < 4 and (g > 0.25 or unit == "g"), problem)
+    require(g < 4 and (g > 0.25 or settings["acc_unit"] == "g"), problem)
     if not 0.5 < g < 2:                            # perhaps gravity was subtracted
         print(problem, file=sys.stderr)
-    fast = (np.abs(gyro) > 35).mean() if gyro.size else 0
-    require(fast < 0.05, f"{path}: rotation is often above 35 rad/s: is it --gyro-unit deg/s?")
+    require((np.abs(x[:, 3:]) > 35).sum() <= 0.05 * x[:, 3:].size,
+            f"{path}: rotation is often above 35 rad/s: is it --gyro-unit deg/s?")
     label[np.isin(label, ("-1", "-1.0", "nan"))] = ""
     changes = np.flatnonzero((segment[1:] != segment[:-1]) | (label[1:] != label[:-1])) + 1
     for rows in np.split(np.arange(len(t)), changes):
         yield user, label[rows[0]], [(t[rows], x[rows])]
 
-def read_npz(path):
-    """Stamps (n,), signal (n, 6 or 3), segment (n,) and label (n,) as text."""
-    open_zips((path,))                             # refuses a file that unpacks to too much
-    with np.load(path) as file:
-        signal, rate = file["signal"].astype(float), file["rate"].item()
-        n = len(signal)
-        segment = file["segment"] if "segment" in file else np.zeros(n)
-        label = file["label"].astype(str) if "label" in file else np.full(n, "")
-    if signal.shape not in ((n, 6), (n, 3)) or not 5 <= rate <= 10_000:
-        raise ValueError(f"signal {signal.shape}, rate {rate}")
-    return np.arange(n) / rate, signal, segment, label
-
 def read_csv(path):
-    """As `read_npz`; all rows are one segment."""
-    load = functools.partial(np.loadtxt, path, delimiter=",", quotechar='"', ndmin=2,
-                             encoding="utf-8-sig")
-    header = [column.strip().lower() for column in load(dtype=str, max_rows=1)[0]]
+    """The columns of a .csv, named as the arrays of a .npz, but t (n,) in place of rate."""
+    load = functools.partial(np.loadtxt, path, delimiter=",", quotechar='"', encoding="utf-8-sig")
+    header = [column.strip().lower() for column in load(dtype=str, max_rows=1)]
     columns = ["t", "ax", "ay", "az"] + ["gx", "gy", "gz"] * ("gx" in header)
     table = load(skiprows=1, usecols=[header.index(column) for column in columns])
-    label = np.full(len(table), "")
+    fields = {"t": table[:, 0], "signal": table[:, 1:]}
     if "label" in header:
-        label = np.char.strip(load(dtype=str, skiprows=1, usecols=header.index("label"))[:, 0])
-    return table[:, 0], table[:, 1:], np.zeros(len(table)), label
+        fields["label"] = load(dtype=str, skiprows=1, usecols=header.index("label"))
+    return fields
 
 # ---------------------------------------------------------------- a simulated population
 ACTIVITIES = {  # lean, roll (rad), strides (x the person's), push (g), turn, fidget (rad), share
@@ -343,13 +328,13 @@ def download(url, path):
     part, problem = path.with_name(path.name + ".part"), "the server sent no zip file"
     retry = urllib3.Retry(4, backoff_factor=0.3, status_forcelist=[429, 500, 502, 503, 504])
     session = requests.Session()
-    session.mount(url[:url.index("//")], requests.adapters.HTTPAdapter(max_retries=retry))
-    for attempt in range(6):
+    session.mount(url.split("//")[0] + "//", requests.adapters.HTTPAdapter(max_retries=retry))
+    for attempt in range(3):
         with open(part, "ab") as file:
             headers = {"Accept-Encoding": "identity", "Range": f"bytes={file.tell()}-"}
             try:
                 response = session.get(url, headers=headers, stream=True, timeout=60)
-                if response.status_code in (200, 416):     # no resuming: start again
+                if response.status_code in (200, 416):           # no resuming: start again
                     file.truncate(0)
                 response.raise_for_status()
                 for block in response.iter_content(1 << 16):
@@ -366,12 +351,10 @@ def open_zips(paths):
     files = {}
     for path in paths:
         try:
-            zips = [zipfile.ZipFile(path)]
-            inner = [info for info in zips[0].infolist() if info.filename.endswith(".zip")]
+            outer = zipfile.ZipFile(path)
+            inner = [info for info in outer.infolist() if info.filename.endswith(".zip")]
             require(sum(info.file_size for info in inner) <= ZIP_LIMIT, "a zip in it is too large")
-            zips += [zipfile.ZipFile(io.BytesIO(zips[0].read(info))) for info in inner]
-            size = sum(info.file_size for z in zips for info in z.infolist())
-            require(size <= max(ZIP_LIMIT, 200 * os.stat(path).st_size), "it unpacks to too much")
+            zips = [outer, *(zipfile.ZipFile(io.BytesIO(outer.read(info))) for info in inner)]
         except Exception as error:
             raise UserError(f"{path} can't be read as a zip ({error}): replace the file") from None
         files |= {name: z for z in zips for name in z.namelist()}
@@ -380,7 +363,6 @@ def open_zips(paths):
 def parts_of(archives, raw, settings):
     """{part: names of its files}, sorted; a part is read on its own, and is usually one user."""
     what, limit, parts = settings["source"], settings["limit_users"], {}
-    require(limit is None or limit > 0, "--limit-users must be 1 or more")
     if what == "simulated":
         parts = {f"{user:03d}": [] for user in range(settings["users"])}
     if what == "folder":
@@ -389,10 +371,9 @@ def parts_of(archives, raw, settings):
         require(len(parts) == len(files), f"--raw {raw} has a user as .csv and as .npz; keep one")
     for name, file in open_zips(archives).items():
         if match := re.search(SOURCES[what].members, name):
-            require(file.getinfo(name).file_size <= MEMBER_LIMIT, f"{name} is too big; replace it")
+            require(file.getinfo(name).file_size <= FILE_LIMIT, f"{name} is too big; replace it")
             parts.setdefault(match[1].zfill(2), []).append(name)
-    require(parts, f"--raw {raw} holds nothing that can be read as {SOURCES[what].text}: name the "
-            "folder that holds it (simulated: take --users 1 or more)")
+    require(parts, f"--raw {raw} holds nothing that can be read as {SOURCES[what].text}: check it")
     open_zips.cache_clear()                        # each process opens the archives for itself
     return dict(sorted(parts.items())[:limit if what != "ucihar" else None])   # (train and test)
 
@@ -415,26 +396,28 @@ def start_process():
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
-def write_set(archives, raw, settings, out):
-    """Read the parts in parallel, append their windows to a file one by one, return the meta."""
+def write_set(name, settings, raw, out):
+    """Fetch the archives, read their parts in parallel, append the windows to a file one by one."""
     import scipy.interpolate, scipy.signal         # once, before the processes are forked
-    what, parts = settings["source"], parts_of(archives, raw, settings)
-    source, read = SOURCES[what], functools.partial(read_part, archives, settings)
+    what, source = settings["source"], SOURCES[settings["source"]]
+    archives = tuple(Path(raw) / url.split("/")[-1] for url in source.archives)
+    for path, url in zip(archives, source.archives):
+        path.is_file() or download(url, path)
+    parts = parts_of(archives, raw, settings)
+    read = functools.partial(read_part, archives, settings)
     rows, channels, left_out, test_users = [], set(), Counter(), None
     with (open(out / "windows.npy", "wb") as file,
           ProcessPoolExecutor(min(8, os.cpu_count()), initializer=start_process) as pool):
         file.write(bytes(128))                     # room for the header
-        results = pool.map(read, parts, parts.values())
-        for part, (windows, part_rows, reasons) in zip(parts, results):
+        for part, (windows, part_rows, why) in zip(parts, pool.map(read, parts, parts.values())):
             require(part_rows or what != "folder", f"{part} is too short: drop it (t in seconds?)")
             file.write(windows.tobytes())
             rows += part_rows
-            left_out += reasons
+            left_out += why
             channels |= {windows.shape[1]} - {0}
-            if part == "test":                     # UCI HAR's official test users
+            if (what, part) == ("ucihar", "test"):
                 test_users = list(dict(part_rows))
-            if len(rows) % 2000 < len(windows):
-                print(f"{what}: {len(rows)} windows so far", file=sys.stderr)
+            print(f"{part}: {len(windows)} windows", file=sys.stderr)
         require(rows, f"{what} has no {source.length / RATE} s window: {dict(left_out)}; add data")
         require(len(channels) == 1, "some users have both sensors, some have one; keep them apart")
         shape = (len(rows), *channels, source.length)
@@ -451,85 +434,72 @@ def write_set(archives, raw, settings, out):
     sources = [own.get(what, what.split("_")[0])] * len(names)
     if all(name.find("_") > 0 for name in names):
         sources = [name.split("_")[0] for name in names]
-    return {"rate": RATE, "seconds": source.length / RATE, "channels": CHANNELS[:shape[1]],
-            "users": names, "sources": sources, "classes": classes, "windows": len(rows),
-            "hours": len(rows) * source.length / RATE / 3600, "left_out": left_out,
-            "origin": "; ".join([source.text, *source.archives]), "test_users": test_users,
-            "fingerprint": fingerprint(np.load(out / "windows.npy", mmap_mode="r"), users, labels)}
+    write_json(out / "meta.json", {
+        "name": name, "rate": RATE, "seconds": source.length / RATE,
+        "channels": CHANNELS[:shape[1]], "users": names, "sources": sources, "classes": classes,
+        "windows": len(rows), "hours": len(rows) * source.length / RATE / 3600,
+        "left_out": left_out, "origin": "; ".join([source.text, *source.archives]),
+        "test_users": test_users, "settings": settings, "provenance": provenance(),
+        "fingerprint": fingerprint(np.load(out / "windows.npy", mmap_mode="r"), users, labels)})
 
 def prepare(name, settings, raw, force=False):
     """Make data/NAME/ unless it has the same settings; an old set stays until the new is whole."""
-    what, target = settings["source"], Path("data") / name
-    work, old = (target.with_name(f".{name}.{state}") for state in ("partial", "old"))
-    urls = {Path(raw) / url.split("/")[-1]: url for url in SOURCES[what].archives}
-    if what == "folder":
-        parts = parts_of((), raw, settings).items()
-        settings["recordings"] = {part: zlib.crc32(path.read_bytes()) for part, [path] in parts}
+    target, work = Path("data") / name, Path("data") / f".{name}.partial"
+    if settings["source"] == "folder":
+        files = parts_of((), raw, settings).items()
+        settings["recordings"] = {user: zlib.crc32(path.read_bytes()) for user, [path] in files}
     target.parent.mkdir(exist_ok=True)
-    with open(target.with_name(".lock"), "w") as lock:
+    with open("data/.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)           # a second process waits, then finds it prepared
-        if old.exists() and not target.exists():   # killed between the two renames below
-            os.rename(old, target)
-        shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(work, ignore_errors=True)
         require(not target.exists() or (target / "meta.json").is_file(),
-                f"{target} is no data set and is left as it is: give another --name")
+                f"{target} is no data set and is left as it is: delete it or give another --name")
         if target.exists() and not force:
             made = load_one(name).meta["settings"]
             differ = [key for key in made | settings if made.get(key) != settings.get(key)]
             require(not differ, f"{target} differs in {', '.join(differ)}: give --name or --force")
             return print("prepared already:", describe(name))
-        for path, url in urls.items():
-            path.is_file() or download(url, path)
         try:
-            work.mkdir()
-            meta = {"name": name, **write_set(tuple(urls), raw, settings, work)}
-            meta |= {"settings": settings, "provenance": provenance()}
-            write_json(work / "meta.json", meta)
-            if target.exists():
-                os.rename(target, old)
+            work.mkdir(exist_ok=True)
+            write_set(name, settings, raw, work)
+            shutil.rmtree(target, ignore_errors=True)
             os.rename(work, target)
-            shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     print(describe(name))
 
-# ---------------------------------------------------------------- load; who is held out, who trains
+# ---------------------------------------------------------------- load, hold out, draw, scale
 Prepared = namedtuple("Prepared", "windows users labels meta")   # (n, C, T), (n,), (n,), a dict
-KEYS = {*"rate seconds channels users sources classes hours test_users settings".split()}
 
 def load(name, root="data"):
     """The prepared set `name`, or several as one ("a+b"): users side by side, classes by name."""
-    if "+" not in name:
-        return load_one(name, root)
     sets = [load_one(part, root) for part in name.split("+")]
-    metas = [part.meta for part in sets]
-    meta = {key: metas[0][key] for key in ("rate", "seconds", "channels")}
-    require(all(meta.items() <= other.items() for other in metas), f"{name}: {[*meta]} differ")
-    meta |= {key: sum((one_set[key] for one_set in metas), []) for key in ("users", "sources")}
-    require(len({*people(meta)}) == len(meta["users"]), f"{name}: a person is in two sets; drop 1")
-    classes = sorted({label for one_set in metas for label in one_set["classes"]})
-    first_users = np.cumsum([0] + [len(one_set["users"]) for one_set in metas])
-    codes = [np.array([*map(classes.index, one_set["classes"]), -1]) for one_set in metas]
-    windows = np.concatenate([part.windows for part in sets])
-    users = np.concatenate([part.users + first for part, first in zip(sets, first_users)])
-    labels = np.concatenate([code[part.labels] for part, code in zip(sets, codes)])  # -1 stays
+    if len(sets) == 1:
+        return sets[0]
+    meta = {key: sets[0].meta[key] for key in ("rate", "seconds", "channels")}
+    require(all(meta.items() <= part.meta.items() for part in sets), f"{name}: {[*meta]} differ")
+    classes = sorted({label for part in sets for label in part.meta["classes"]})
+    everyone, users, labels = [], [], []
+    for part in sets:
+        users.append(part.users + len(everyone))
+        everyone += people(part.meta)
+        codes = np.array([*map(classes.index, part.meta["classes"]), -1])
+        labels.append(codes[part.labels])                                      # -1 stays
+    require(len(set(everyone)) == len(everyone), f"{name}: a person is in two sets; drop 1")
+    windows, users, labels = map(np.concatenate, ([part.windows for part in sets], users, labels))
+    meta["sources"], meta["users"] = map(list, zip(*everyone))
     return Prepared(windows, users, labels, meta | {
         "name": name, "classes": classes, "test_users": None, "windows": len(windows),
-        "hours": sum(one_set["hours"] for one_set in metas),
         "fingerprint": fingerprint(windows, users, labels)})
 
 def load_one(name, root="data"):
     folder = Path(root) / name
     require((folder / "meta.json").is_file(), f"{folder} is not prepared: see data.py --help")
-    try:
+    with contextlib.suppress(OSError, EOFError, ValueError, TypeError, LookupError):
         meta = json.loads((folder / "meta.json").read_text())
         arrays = [np.load(folder / f"{part}.npy", mmap_mode="r") for part in Prepared._fields[:3]]
-        whole = fingerprint(*arrays) == meta["fingerprint"] and KEYS <= set(meta)
-    except (OSError, EOFError, ValueError, TypeError, LookupError):      # cut off, other shapes
-        whole = False
-    require(whole, f"{folder} is damaged or was changed; prepare the set again with --force")
-    return Prepared(*arrays, meta)
+        if fingerprint(*arrays) == meta["fingerprint"]:
+            return Prepared(*arrays, meta)
+    raise UserError(f"{folder} is damaged or was changed; prepare the set again with --force")
 
 def fingerprint(windows, users, labels):
     """sha256 over users, labels and at most 4,096 windows, evenly spread: a quick check."""
@@ -579,19 +549,11 @@ def draw_windows(prepared, users, hours_per_user, seed):
         np.flatnonzero(prepared.users == user))[:most] for user in users]
     return np.sort(np.concatenate(rows))
 
-# ---------------------------------------------------------------- windows as a model reads them
-def select_sensors(channels, sensors):
-    """Positions of the channels of `sensors`: "both", "acc" or "gyro"."""
-    wanted = ["acc", "gyro"] if sensors == "both" else [sensors]
-    chosen = [i for i, channel in enumerate(channels) if channel.split("_")[0] in wanted]
-    require(len(chosen) == 3 * len(wanted),
-            f"--sensors {sensors}: the set has only {channels}; name the sensor that it has")
-    return chosen
-
-def scaled(windows, channels):
-    """(n, C, T) in g and rad/s -> float32, divided by 0.7 g and 1.05 rad/s in every set."""
-    scale = [[SCALE[channel.split("_")[0]]] for channel in channels]                # (C, 1)
-    return windows.astype(np.float32) / np.float32(scale)
+def windows_at(prepared, rows, sensors):
+    """The windows `rows` as a model reads them, (n, C, T) float32: of "both", "acc" or "gyro"."""
+    chosen, channels = SENSORS[sensors], prepared.meta["channels"]
+    require(chosen.stop <= len(channels), f"--sensors {sensors}: the set has only {channels}")
+    return prepared.windows[rows][:, chosen].astype(np.float32) / SCALE[chosen]
 
 def random_rotation(x, angle, rng):
     """Windows x (n, C, T), both sensors rotated alike, about a random axis by about `angle` rad."""
@@ -612,52 +574,47 @@ def plot(name):
     from matplotlib import pyplot as plt
     windows, _, labels, meta = load_one(name)
     kinds = np.unique(labels)
-    fig, axes = plt.subplots(len(kinds), figsize=(14, 1.5 * len(kinds) + 1), squeeze=False,
-                             layout="constrained")
-    for label, ax in zip(kinds, axes.flat):
+    plt.figure(figsize=(14, 1.5 * len(kinds) + 1), layout="constrained")
+    for row, label in enumerate(kinds, start=1):
         chosen = random_stream("plot", label).choice(np.flatnonzero(labels == label), 3)
         x = np.hstack(windows[chosen]).T           # (3 T, C)
-        ax.plot(np.arange(len(x)) / meta["rate"], x, lw=0.8, label=meta["channels"])
-        ax.set(title=[*meta["classes"], "no label"][label], ylabel="g, rad/s")
-    axes[0, 0].legend(ncols=6, fontsize=7)
+        plt.subplot(len(kinds), 1, row, title=[*meta["classes"], "no label"][label])
+        plt.plot(np.arange(len(x)) / meta["rate"], x, lw=0.8, label=meta["channels"])
+    plt.legend(ncols=6, fontsize=7, title="g, rad/s")
     with replacing(Path("data") / name / "plot.png") as temporary:
-        fig.savefig(temporary, dpi=90)
+        plt.savefig(temporary, dpi=90)
     print(f"data/{name}/plot.png shows {3 * len(kinds)} windows")
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flag, default = parser.add_argument, " (default: %(default)s)"
-    flag("source", nargs="?", choices=[*SOURCES, "plot"], metavar="what",
-         help="the set to prepare, or 'plot'; without it all sets are listed")
-    flag("which", nargs="?", default="", help="with 'plot': the prepared set to draw")
-    flag("--raw", default="data/raw", help="folder of the archives or the recordings" + default)
-    flag("--name", help="prepare it as data/NAME/ (default: the name of the set)")
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = parser.add_argument
+    flag("source", nargs="?", choices=[*SOURCES, "plot"], help="what to prepare; without: a list")
+    flag("which", nargs="?", default="", help="with plot: the prepared set to draw")
+    flag("--raw", default="data/raw", help="folder of the archives or the recordings")
+    flag("--name", help="prepare it as data/NAME/; without it, under the name of the source")
     flag("--limit-users", type=int, metavar="N", help="only the first N users, for a quick look")
     flag("--force", action="store_true", help="replace a set that is prepared already")
-    flag = parser.add_argument_group("simulated").add_argument
-    flag("--users", type=int, default=40, help="number of people" + default)
-    flag("--hours-per-user", type=float, default=0.5, help="hours of each person" + default)
-    flag("--spread", type=float, default=1.0, help="how much people differ; 0: clones" + default)
-    flag("--seed", type=int, default=0, help="another seed, other people" + default)
-    flag = parser.add_argument_group("folder").add_argument
-    flag("--acc-unit", choices=("g", "m/s2"), default="g", help="in your files" + default)
-    flag("--gyro-unit", choices=("rad/s", "deg/s"), default="rad/s", help="in your files" + default)
-    args = parser.parse_args()
-    if args.source == "plot":
-        return plot(args.which)
-    if args.source is None:
-        names = sorted(path.parent.name for path in Path("data").glob("[!.]*/meta.json"))
-        lines = [describe(name) for name in names]
-        lines += [f"{name} (not prepared): {source.text}" for name, source in SOURCES.items()
-                  if name not in names]
-        return print(*lines, sep="\n")
+    flag("--users", type=int, default=40, help="simulated: number of people")
+    flag("--hours-per-user", type=float, default=0.5, help="simulated: hours of each person")
+    flag("--spread", type=float, default=1.0, help="simulated: how people differ; 0: clones")
+    flag("--seed", type=int, default=0, help="simulated: another seed, other people")
+    flag("--acc-unit", choices=("g", "m/s2"), default="g", help="folder: unit in your files")
+    flag("--gyro-unit", choices=("rad/s", "deg/s"), default="rad/s", help="folder: the same")
+    a = parser.parse_args()
+    if a.source == "plot":
+        return plot(a.which)
+    if a.source is None:
+        made = {path.parent.name for path in Path("data").glob("[!.]*/meta.json")}
+        for name in sorted(made | set(SOURCES)):
+            print(describe(name) if name in made else f"{name} (not prepared) {SOURCES[name].text}")
+        return
     own = {"simulated": ["users", "hours_per_user", "spread", "seed"],
-           "folder": ["acc_unit", "gyro_unit"]}.get(args.source, [])
-    settings = {key: getattr(args, key) for key in ["source", *own, "limit_users"]}
-    name = args.name or args.source
+           "folder": ["acc_unit", "gyro_unit"]}.get(a.source, [])
+    settings = {key: getattr(a, key) for key in ["source", *own, "limit_users"]}
+    name = a.name or a.source
     require(re.fullmatch(r"[A-Za-z0-9][\w.-]*", name), f"--name {name}: use letters, digits, _.-")
-    prepare(name, settings, args.raw, args.force)
+    require(min(a.users, a.limit_users or 1) > 0, "--users and --limit-users must be 1 or more")
+    prepare(name, settings, a.raw, a.force)
 
 if __name__ == "__main__":
     command(main)

@@ -4,13 +4,11 @@ Pre-training: one cell of the grid. Users, hours per user, architecture -> loss 
     windows (n, C, T)  ->  scaled batches (B, C, T)  ->  masked autoencoder  ->  RUN/result.json
 
     python pretrain.py --data simulated --users 8 --out runs/first
-    python pretrain.py --data pool --width 128 --depth 4 --heads 4 --out runs/large
-    torchrun --nproc_per_node=2 pretrain.py --data pool --out runs/two           # two processes
+    torchrun --nproc_per_node=2 pretrain.py --data simulated --out runs/two      # two processes
 
 The learning rate falls without end, a moving average of the weights is evaluated and kept, and a
-run ends when the held-out loss has stopped improving (--patience), or at --steps, which may be
-raised later. The same command resumes bit-identically: batch and masks of step t are drawn from
-(seed, t) alone, so no random state is saved, and two processes share the batches that one has.
+run ends when the held-out loss has stopped improving (--patience), or at --steps. The same command
+resumes bit-identically: batch and masks of step t are drawn from (seed, t) alone.
 """
 import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")    # before torch: idle threads sleep
@@ -23,20 +21,14 @@ import torch
 import torch.distributed as dist
 
 from data import (UserError, command, draw_windows, held_out_users, held_out_windows, load, people,
-                  provenance, random_rotation, random_stream, replacing, require, scaled,
-                  select_sensors, training_users, write_json)
+                  provenance, random_rotation, random_stream, replacing, require, training_users,
+                  windows_at, write_json)
 from model import MAE, baseline_loss, draw_masks, forward_flops, parameters
 
 MACHINE = ("device", "threads", "plot", "out")         # flags that don't change the result of a run
 HeldOut = namedtuple("HeldOut", "x keep masked person people half")            # see `held_out`
 
 # ---------------------------------------------------------------- what a cell sees
-def windows_at(prepared, rows, sensors):
-    """The windows `rows` as a model reads them: scaled, of the chosen sensors, (n, C, T)."""
-    channels = select_sensors(prepared.meta["channels"], sensors)
-    names = [prepared.meta["channels"][c] for c in channels]
-    return scaled(prepared.windows[rows][:, channels], names)
-
 def masks_for(x, flags, *key):
     """Masks for windows x (B, C, T), drawn from `key` alone: keep (B, K) and masked (B, M)."""
     generator = torch.Generator().manual_seed(int(random_stream(*key).integers(2 ** 62)))
@@ -45,12 +37,11 @@ def masks_for(x, flags, *key):
 
 def batch_at(step, prepared, rows, flags):
     """The batch of `step`, drawn from the seed and the step alone: x (B, C, T), keep, masked."""
-    seed = flags["seed"]
-    drawn = random_stream(seed, "batch", step).integers(len(rows), size=flags["batch"])
+    drawn = random_stream(flags["seed"], "batch", step).integers(len(rows), size=flags["batch"])
     x = windows_at(prepared, rows[drawn], flags["sensors"])
     if flags["rotate"]:
-        x = random_rotation(x, flags["rotate"], random_stream(seed, "rotation", step))
-    return torch.from_numpy(x), *masks_for(x, flags, seed, "masks", step)
+        x = random_rotation(x, flags["rotate"], random_stream(flags["seed"], "rotation", step))
+    return torch.from_numpy(x), *masks_for(x, flags, flags["seed"], "masks", step)
 
 def held_out(prepared, flags, device="cpu"):
     """The evaluation, the same for every cell: windows x (n, C, T) of people who are never trained
@@ -75,9 +66,7 @@ def orthogonal(matrices, steps=5):
     return x
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalised momentum, for matrices (Jordan 2024, kellerjordan.github.io/posts/muon): as
-    torch.optim.Muon, but in fp32 and with all matrices of one shape at once (results/speed.md)."""
-
+    """torch.optim.Muon (Jordan 2024, kellerjordan.github.io/posts/muon), but in fp32 and faster."""
     @torch.no_grad()
     def step(self):
         group, by_shape = self.param_groups[0], {}
@@ -146,8 +135,7 @@ def lock(run):
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        print(f"pretrain.py: another process works on {run}: let it end", file=sys.stderr)
-        sys.exit(75)
+        raise UserError(f"another process works on {run}: let it end") from None
     for leftover in run.glob(".*.tmp*"):               # left by a process that was killed
         leftover.unlink()
     return handle
@@ -168,9 +156,8 @@ def load_checkpoint(run, device="cpu"):
     paths = [*run.glob("checkpoint.pt"), *run.glob("checkpoint.prev.pt")]
     for path in paths:
         try:
-            if not zipfile.ZipFile(path).testzip():
-                return torch.load(path, map_location=device, weights_only=True)
-            raise ValueError("a checksum differs")
+            require(not zipfile.ZipFile(path).testzip(), "a checksum differs")
+            return torch.load(path, map_location=device, weights_only=True)
         except Exception as error:                     # zip reader and unpickler raise many kinds
             print(f"{path} is damaged: {error!r:.99}", file=sys.stderr)
     require(not paths, f"all checkpoints in {run} are damaged: delete this folder to start again")
@@ -182,12 +169,11 @@ def read_config(run):
         config = json.loads((Path(run) / "config.json").read_text())
         if {"flags", "fingerprint", "model", "trained_on"} <= set(config):
             return config
-    raise UserError(f"{run} is not a run of pretrain.py: it has no config.json, or a damaged one; "
-                    "name a folder that pretrain.py wrote with --out")
+    raise UserError(f"{run} is not a run of pretrain.py: config.json is missing or damaged")
 
-def check_same_run(run, config, defaults, done):
-    """Raise UserError if another command made `run`. A flag that an old run doesn't name had its
-    default; --steps and --patience may be raised."""
+def check_same_run(run, config, done):
+    """Raise UserError if another command made `run`; --steps and --patience may be raised."""
+    defaults = vars(build_parser().parse_args([]))     # a flag that an old run doesn't name
     before, now = ({**defaults, **made["flags"], "fingerprint": made["fingerprint"]}
                    for made in (read_config(run), config))
     allowed = {"steps": now["steps"] >= done,
@@ -197,7 +183,7 @@ def check_same_run(run, config, defaults, done):
     require(not changed, f"{run} holds {done} steps of another run ({', '.join(changed)}): choose "
             "another --out, or delete that folder; only --steps and --patience may be raised")
 
-# ---------------------------------------------------------------- the machine, the picture
+# ---------------------------------------------------------------- machine, picture, flags
 def choose_device(name):
     """The torch device `name`; "auto" takes a GPU if there is one."""
     if name == "auto":
@@ -208,12 +194,6 @@ def choose_device(name):
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: take another; {str(error).splitlines()[0]}") from None
-
-def choose_precision(name, device):
-    """fp32 or bf16: "auto" takes bf16 where the processor has instructions for it."""
-    native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
-              device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False))
-    return name if name != "auto" else "bf16" if native else "fp32"
 
 def draw_reconstruction(path, model, held, rate):
     """True and predicted signal of the first sensor in 3 held-out windows, from calm to lively."""
@@ -233,26 +213,22 @@ def draw_reconstruction(path, model, held, rate):
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=100)
 
-# ---------------------------------------------------------------- the flags
 def number(kind, low, high=1e9):
     """An argparse type: an int or a float from `low` to `high`."""
     def parse(text):
-        with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high:
-                return kind(text)
-        raise argparse.ArgumentTypeError(f"{text} is not {kind.__name__} from {low:g} to {high:g}")
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
+        return kind(text)
     return parse
 
 def build_parser():
-    p = argparse.ArgumentParser(description="Pre-train a masked autoencoder: one cell of the grid.",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     count, share, positive = number(int, 1), number(float, 0, 1), number(float, 0)
-    flag = p.add_argument_group("data: how many people, and how long each").add_argument
+    flag = p.add_argument_group("data, model and task").add_argument
     flag("--data", default="simulated", help="prepared set, or several pooled: a+b+c")
     flag("--users", type=count, help="training users; without it, all who aren't held out")
     flag("--hours-per-user", type=positive, help="at most so many hours of each; without it, all")
     flag("--sensors", choices=["both", "acc", "gyro"], default="both", help="one: half the tokens")
-    flag = p.add_argument_group("model and task").add_argument
     flag("--width", type=count, default=64, help="parameters and time grow with its square")
     flag("--depth", type=count, default=3, help="blocks of the encoder")
     flag("--heads", type=count, default=4, help="the width must be a multiple of 2 x heads")
@@ -284,16 +260,12 @@ def check_data(a, prepared, trainable, world):
     """Raise UserError for flags that don't suit these data or the number of processes."""
     samples, seconds = prepared.windows.shape[2], prepared.meta["seconds"]
     tokens = samples // a.patch * (2 if a.sensors == "both" else 1)
-    require((a.users or 0) <= trainable,
-            f"--users {a.users} is more than the {trainable} training users: take fewer")
+    require((a.users or 0) <= trainable, f"--users {a.users}: there are {trainable} to train on")
     require(a.hours_per_user is None or a.hours_per_user * 3600 > 0.99 * seconds,
             f"--hours-per-user {a.hours_per_user} is less than a window of {seconds} s: take more")
-    require(a.width % (2 * a.heads) == 0,
-            f"--width {a.width} is not a multiple of {2 * a.heads}, twice the --heads: change one")
-    require(samples % a.patch == 0,
-            f"--patch {a.patch} doesn't divide the window of {samples} samples: choose a divisor")
-    require(0 < round(tokens * a.mask_ratio) < tokens,
-            f"--mask-ratio {a.mask_ratio} hides all or none of {tokens} tokens: choose in between")
+    require(a.width % (2 * a.heads) == 0, f"--width isn't a multiple of {2 * a.heads}, 2 x heads")
+    require(samples % a.patch == 0, f"--patch {a.patch} doesn't divide a window, {samples} samples")
+    require(0 < round(tokens * a.mask_ratio) < tokens, "--mask-ratio hides all tokens or none")
     require(a.batch % world == 0, f"--batch {a.batch}: take a multiple of the {world} processes")
 
 # ---------------------------------------------------------------- the run
@@ -317,12 +289,14 @@ def result_of(config, history, held, baseline, windows, hours):
                    for (source, user), loss, base in zip(held.people, losses, baseline)]}
 
 def main():
-    parser = build_parser()
-    a = parser.parse_args()
+    a = build_parser().parse_args()
     run, device = Path(a.out), choose_device(a.device)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # torchrun
     torch.set_num_threads(a.threads or max(1, os.cpu_count() // world))
-    a.precision = choose_precision(a.precision, device)
+    if a.precision == "auto":                          # bf16 if the processor computes with it
+        fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
+                else torch.cpu.get_capabilities().get("avx512_bf16"))
+        a.precision = "bf16" if fast else "fp32"
 
     # The people of this run, their windows, the model, the evaluation.
     prepared = load(a.data)
@@ -346,25 +320,23 @@ def main():
     start = {**new, **load_checkpoint(run, device)}
     step, seconds, train_loss, history, best = (start[key] for key in new)
     if (run / "config.json").exists():
-        check_same_run(run, config, {key: parser.get_default(key) for key in flags}, step)
+        check_same_run(run, config, step)
     if step:
         print(f"resumes at step {step}")
         model.load_state_dict(start["model"])
         average.load_state_dict(start["average"])
         for o, content in zip(optimizers, start["optimizers"]):
             o.load_state_dict(content)
-    forward = model
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        forward = torch.nn.parallel.DistributedDataParallel(model)
+        dist.init_process_group()
+    forward = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     if rank == 0:
         write_json(run / "config.json", config)
         print(f"{len(rows)} windows of {len(users)} users, baseline loss {baseline.mean():.4f}")
 
     def save():
         require(all(weights.isfinite().all() for weights in model.parameters()),
-                f"the weights are nan or infinite at step {step}: choose a lower --lr; the last "
-                "good checkpoint is kept")
+                f"the weights are nan or infinite at step {step}: choose a lower --lr")
         if rank == 0:
             save_checkpoint(run, {
                 "step": step, "seconds": seconds, "train_loss": train_loss, "history": history,
@@ -377,20 +349,18 @@ def main():
     flops = 3 * a.batch * forward_flops(a.width, a.depth, a.patch, shape["sensors"],
                                         held.x.shape[2] // a.patch, a.mask_ratio)       # of a step
     while not stop and step < a.steps and not has_converged(history, a.patience):
-        for o in optimizers:
-            o.param_groups[0]["lr"] = o.defaults["lr"] * schedule(step, a.tau, a.decay)
         batch = batch_at(step, prepared, rows, flags)
         with torch.autocast(device.type, torch.bfloat16, enabled=a.precision == "bf16"):
             loss = forward(*(part[rank::world].to(device) for part in batch)).mean()
         loss.backward()
         for o in optimizers:
+            o.param_groups[0]["lr"] = o.defaults["lr"] * schedule(step, a.tau, a.decay)
             o.step()
             o.zero_grad()
         step += 1
         update_average(average, model, step, a.average)
         train_loss += loss.detach()                    # summed since the last evaluation
         seconds = time.monotonic() - clock
-
         if is_evaluated(step) or step == a.steps:
             losses, since = evaluate(average, held), step - (history[-1]["step"] if history else 0)
             history.append({"step": step, "train_loss": float(train_loss) / since,
@@ -400,10 +370,8 @@ def main():
             if best_step(history) == step:
                 best = copy.deepcopy(average.state_dict())
             if rank == 0:
-                speed = (step - start["step"]) / (seconds - start["seconds"])
                 print("step {step:6d}  train {train_loss:.4f}  held-out {loss:.4f}  {seconds:.0f} s"
-                      .format(**history[-1]), f" {speed * a.batch:.0f} windows/s, at most "
-                      f"{(a.steps - step) / speed:.0f} s left", flush=True)
+                      .format(**history[-1]), flush=True)
         stop = torch.tensor(len(signals), device=device)
         if world > 1:
             dist.all_reduce(stop)                      # all processes stop at the same step
@@ -422,8 +390,8 @@ def main():
         if a.plot:
             average.load_state_dict(best)
             draw_reconstruction(run / "reconstruction.png", average, held, prepared.meta["rate"])
-        print("loss {loss:.4f}, {unexplained:.1%} of the baseline, best at step {best_step} of "
-              "{steps}; converged: {converged}".format(**result))
+        print("loss {loss:.4f}, {unexplained:.1%} of baseline; converged: {converged}; "
+              "{windows_per_second:.0f} windows/s".format(**result))
     if world > 1:
         del forward                                    # else it may wait for the group for ever
         dist.destroy_process_group()

@@ -236,7 +236,7 @@ def test_an_exported_encoder_is_small_has_the_same_features_and_says_whom_it_saw
     folder = home / "results/encoder"
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.pt", "config.json"]
     assert (folder / "checkpoint.pt").stat().st_size < 700_000
-    x = data.scaled(np.random.default_rng(0).standard_normal((5, 6, 200)), data.CHANNELS)
+    x = np.float32(np.random.default_rng(0).standard_normal((5, 6, 200))) / data.SCALE
     features, original = (in_batches(Encoder(load_run(run)[0]), x) for run in (
         folder, home / "runs/large"))
     assert features.shape == (5, 256) and torch.equal(features, original)
