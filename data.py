@@ -225,6 +225,9 @@ def folder(user, names, read, settings):
     """A .npz with signal (n, 6) or (n, 3), rate (5 to 10,000 Hz) and, if you like, segment, label
     (n,); or a .csv with the columns t,ax,ay,az[,gx,gy,gz][,label], t in seconds."""
     path = names[0]
+    if path.suffix == ".npz":
+        size = sum(info.file_size for info in zipfile.ZipFile(path).infolist())
+        require(size <= ZIP_LIMIT, f"{path} unpacks to {size:,} bytes, which is too much")
     fields = np.load(path) if path.suffix == ".npz" else read_csv(path)
     x = fields["signal"].astype(float)
     t = fields["t"] if "t" in fields else np.arange(len(x)) / fields["rate"].item()
@@ -444,13 +447,16 @@ def write_set(name, settings, raw, out):
 
 def prepare(name, settings, raw, force=False):
     """Make data/NAME/ unless it has the same settings; an old set stays until the new is whole."""
-    target, work = Path("data") / name, Path("data") / f".{name}.partial"
+    target, work, old = (Path("data") / part for part in (name, f".{name}.partial", f".{name}.old"))
     if settings["source"] == "folder":
         files = parts_of((), raw, settings).items()
         settings["recordings"] = {user: zlib.crc32(path.read_bytes()) for user, [path] in files}
     target.parent.mkdir(exist_ok=True)
     with open("data/.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)           # a second process waits, then finds it prepared
+        if old.exists() and not target.exists():   # killed between the two renames below
+            os.rename(old, target)
+        shutil.rmtree(old, ignore_errors=True)
         require(not target.exists() or (target / "meta.json").is_file(),
                 f"{target} is no data set and is left as it is: delete it or give another --name")
         if target.exists() and not force:
@@ -461,8 +467,10 @@ def prepare(name, settings, raw, force=False):
         try:
             work.mkdir(exist_ok=True)
             write_set(name, settings, raw, work)
-            shutil.rmtree(target, ignore_errors=True)
+            if target.exists():
+                os.rename(target, old)
             os.rename(work, target)
+            shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     print(describe(name))

@@ -370,8 +370,10 @@ def main():
             if best_step(history) == step:
                 best = copy.deepcopy(average.state_dict())
             if rank == 0:
+                speed = (step - start["step"]) / (seconds - start["seconds"])
                 print("step {step:6d}  train {train_loss:.4f}  held-out {loss:.4f}  {seconds:.0f} s"
-                      .format(**history[-1]), flush=True)
+                      .format(**history[-1]), f" {speed * a.batch:.0f} windows/s, at most "
+                      f"{(a.steps - step) / speed:.0f} s left", flush=True)
         stop = torch.tensor(len(signals), device=device)
         if world > 1:
             dist.all_reduce(stop)                      # all processes stop at the same step
@@ -390,8 +392,8 @@ def main():
         if a.plot:
             average.load_state_dict(best)
             draw_reconstruction(run / "reconstruction.png", average, held, prepared.meta["rate"])
-        print("loss {loss:.4f}, {unexplained:.1%} of baseline; converged: {converged}; "
-              "{windows_per_second:.0f} windows/s".format(**result))
+        print("loss {loss:.4f}, {unexplained:.1%} of the baseline, best at step {best_step} of "
+              "{steps}; converged: {converged}".format(**result))
     if world > 1:
         del forward                                    # else it may wait for the group for ever
         dist.destroy_process_group()

@@ -3,7 +3,7 @@ Every format, written here in its published layout from one known movement, has 
 movement, 20 times a second, in g and rad/s. Then what must never happen: windows across a gap,
 sensors out of step, half-made sets, archives that harm, people who are counted twice.
 """
-import http.server, json, os, subprocess, sys, threading, time, zipfile
+import http.server, json, os, shutil, subprocess, sys, threading, time, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -297,6 +297,20 @@ def test_preparing_twice_is_a_no_op_other_settings_are_refused_and_force_redoes(
     Path("data/notes").mkdir()
     with pytest.raises(UserError, match="no data set"):
         prepare("folder", "own", "notes", force=True)
+
+def test_a_replacement_that_is_stopped_between_its_last_steps_loses_no_set(monkeypatch):
+    before, rename = prepare("simulated").meta, os.rename
+    def stopped(source, target):
+        if Path(source).name == ".simulated.partial":
+            raise KeyboardInterrupt
+        rename(source, target)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "rename", stopped)
+        prepare("simulated", force=True, seed=1)
+    assert files_in_data() == {".simulated.old"}
+    assert prepare("simulated").meta == before and files_in_data() == {"simulated"}
+    shutil.copytree("data/simulated", "data/.simulated.old")     # as if killed one step later
+    assert prepare("simulated").meta == before and files_in_data() == {"simulated"}
 
 COMMAND = [sys.executable, str(HERE / "data.py"), "simulated", "--users", "12", "--hours-per-user"]
 
