@@ -91,7 +91,8 @@ def replacing(path):
 
 def write_json(path, content):
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False,
+                                        default=np.ndarray.tolist) + "\n")
 
 def provenance():
     """What made a result: the git commit (with + if files were changed) and the versions used."""

@@ -15,21 +15,21 @@ The fit is approach 3 of Hoffmann et al. 2022 (2203.15556). results/coverage.md 
 import argparse, csv, json, math
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from scipy.optimize import minimize
 from scipy.special import stdtrit
-from scipy.stats import spearmanr
+from scipy.stats import spearmanr, ttest_1samp
 
 from data import UserError, command, provenance, replacing, require, write_json
 
 HUBER = 1e-3                             # residuals above 0.1 % count linearly, not squared
 DATA = ("users", "hours_per_user")
-FACTORS = (*DATA, "params_encoder")
-LAW_OF_A_GRID = "M2, data and parameters coupled"      # of `candidates`; why: results/coverage.md
+TERMS = (DATA, ("params_encoder",))      # of the law of a grid
+FACTORS = sum(TERMS, ())
 MAY_DIFFER = "users hours_per_user width depth heads seed steps".split()        # between cells
 Study = namedtuple("Study", "table y law fits tables laws")    # see `analyse`
 
@@ -91,12 +91,12 @@ def objective(theta, u, log_y, shape):
 class Fit:
     shape: Shape
     theta: np.ndarray                    # of `law`, at logs scaled to -1 ... 1 and a loss about 1
-    middle: np.ndarray = 0.              # of each factor's logs, (k,)
-    half: np.ndarray = 1.                # of their range, (k,)
-    unit: float = 1.                     # of the loss
+    middle: np.ndarray                   # of each factor's logs, (k,)
+    half: np.ndarray                     # of their range, (k,)
+    unit: float                          # of the loss
     objective: float = 0.
     residuals: np.ndarray = None         # log y - log law, (n,)
-    held: dict = field(default_factory=dict)     # {factor: its largest, held out and predicted}
+    held: dict = None                    # {factor: its largest, held out and predicted}
 
     def scaled(self, table):
         return ((logs(table, self.shape).T - self.middle) / self.half).T
@@ -113,16 +113,19 @@ class Fit:
         alpha = self.theta[1 + T:-1] / self.half
         a = self.theta[1:1 + T] + self.shape.member @ (alpha * self.middle) + math.log(self.unit)
         A = np.exp(np.clip(a / delta, -700, 700))
-        numbers = {"E": self.unit * self.theta[0], "A": A.tolist(), "alpha": alpha.tolist()}
+        numbers = {"E": self.unit * self.theta[0], "A": A, "alpha": alpha}
         return {**numbers, "delta": delta} if self.shape.coupled else numbers
 
 @np.errstate(all="ignore")               # trial steps may overflow
 def fit(table, shape, y, near=None):
     """Fit a shape to `table` {column: (n,)}; `near`, the fit to a similar table, saves time."""
-    u, log_y, T, k = logs(table, shape), np.log(table[y]), len(shape.terms), len(shape.x)
-    middle, half = (u.max(1) + u.min(1)) / 2, np.maximum(np.ptp(u, 1) / 2, .01)
-    fitted = replace(near, shape=shape) if near else Fit(
-        shape, None, middle, half, math.exp(log_y.mean()))
+    log_y, (T, k) = np.log(table[y]), shape.member.shape
+    if near:
+        fitted = replace(near, shape=shape)
+    else:
+        u = logs(table, shape)
+        half = np.maximum(np.ptp(u, 1) / 2, .01)
+        fitted = Fit(shape, None, (u.max(1) + u.min(1)) / 2, half, math.exp(log_y.mean()))
     problem = fitted.scaled(table), log_y - math.log(fitted.unit), shape
     steepest = [.999 if shape.curve == ("logarithm", x) else 20 for x in shape.x]
     bounds = [(0, 10 * shape.floor), *[(-40, 40)] * T, *[(0, alpha) for alpha in steepest],
@@ -148,9 +151,8 @@ def aicc(fitted):
     return deviance + 2 * k + 2 * k * (k + 1) / max(n - k - 1, 1e-3)
 
 # ---------------------------------------------------------------- intervals
-SCALES = {"signed": (np.asarray, np.asarray), "positive": (np.asarray, np.asarray),
-          "ratio": (np.log, np.exp),
-          "correlation": (lambda r: np.arctanh(np.clip(r, -.999, .999)), np.tanh)}      # Fisher's z
+SCALES = {"ratio": (np.log, np.exp),     # where an interval is symmetric, and back
+          "correlation": (lambda r: np.arctanh(np.clip(r, -.999, .999)), np.tanh)}    # Fisher's z
 
 def take(table, rows):
     return {name: values[rows] for name, values in table.items()}
@@ -173,10 +175,10 @@ def resampled(table, y, draws=1):
 def estimate(quantity, samples, scale="signed"):
     """A quantity and its 95 % interval, from `resampled` tables or the fits to them: with seeds the
     jackknife's error times Student's t. `ci95_people` counts held-out people as well."""
-    change, back = SCALES[scale]
+    change, back = SCALES.get(scale, (np.asarray, np.asarray))
     value, square = np.asarray(quantity(samples["whole"][0])), 0
     result = {"value": value.tolist(), "ci95": None, "ci95_people": None}
-    for kind in [kind for kind in samples if kind != "whole"]:
+    for kind in list(samples)[1:]:
         draws = change(np.array([quantity(sample) for sample in samples[kind]]))
         if kind == "rows":
             ends = np.percentile(draws, [2.5, 97.5], axis=0)
@@ -196,70 +198,77 @@ def setting(table, x):
 def largest(table, x):
     """Rows of the largest x: of a grid its largest setting, else the top tenth."""
     values = setting(table, x)
-    tenth = min(values.max() / 1.1, np.quantile(values, .9))
-    return values >= (values.max() if "cap" in table else tenth)
+    if "cap" in table:
+        return values == values.max()
+    return values >= min(values.max() / 1.1, np.quantile(values, .9))
 
 def hold_out(table, law, y, x):
     """The largest x, predicted by the same law fitted to the other rows."""
     top = largest(table, x)
-    rows = take(table, top)
+    rows, seeds = take(table, top), table.get("seed", top)[top]
     predicted = fit(take(table, ~top), law.shape, y, law).loss(rows)
-    return {"seed": rows.get("seed", top[top]), "measured": rows[y], "predicted": predicted,
-            "error": abs(predicted / rows[y] - 1)}
+    error = abs(predicted / rows[y] - 1)
+    return {"measured": rows[y], "predicted": predicted, "error": error,
+            "error_of_seed": np.array([error[seeds == seed].mean() for seed in np.unique(seeds)])}
 
 def predicts_worse(law, other, x):
     """Are its errors at the largest x larger than another law's? One-sided t at 5 % over seeds."""
-    seeds, excess = law.held[x]["seed"], law.held[x]["error"] - other.held[x]["error"]
-    means = np.array([excess[seeds == seed].mean() for seed in np.unique(seeds)])
-    chance = stdtrit(len(means) - 1, .95) * means.std(ddof=1) if len(means) > 2 else 0
-    return means.mean() > chance / math.sqrt(len(means))
+    excess = law.held[x]["error_of_seed"] - other.held[x]["error_of_seed"]
+    if len(excess) < 3:
+        return excess.mean() > 0
+    return ttest_1samp(excess, 0, alternative="greater").pvalue < .05
 
 # ---------------------------------------------------------------- the shapes that are compared
-def candidates(table, varied, y, floor):
-    """{name: shape} of a grid, its law first."""
-    data, rest = tuple(x for x in varied if x in DATA), [(x,) for x in varied if x not in DATA]
-    added = Shape((*[data] * bool(data), *rest), floor)
-    shapes = {"M1, data and parameters added": added}
-    if data and rest:
-        shapes["M2, data and parameters coupled"] = replace(added, coupled=True)
-    if data == DATA:
-        hours, caps = Shape((("data",), *rest), floor, enough=1e9), table["hours_per_user"]
-        trials = np.geomspace(caps.min() / 4, caps.max() * 10, 12)
-        fewer, near = [replace(hours, enough=enough) for enough in trials], fit(table, hours, y)
-        fewer = min(fewer, key=lambda shape: fit(table, shape, y, near).objective)
+def candidates(table, terms, a):
+    """{name: shape}, the law first: of a grid the coupled one; why: results/coverage.md."""
+    added, grid = Shape(terms, not a.no_floor), "cap" in table
+    shapes = {"M1, terms added": added}
+    if len(terms) > 1:
+        coupled = {"M2, terms coupled": replace(added, coupled=True)}
+        shapes = coupled | shapes if grid else shapes | coupled
+    law = next(iter(shapes.values()))
+    if grid and DATA in terms:
+        hours = replace(added, terms=(("data",), *terms[1:]), enough=1e9)
+        near, each = fit(table, hours, a.y), table["hours_per_user"]
+        trials = [replace(hours, enough=enough)
+                  for enough in np.geomspace(each.min() / 4, each.max() * 10, 12)]
+        fewer = min(trials, key=lambda shape: fit(table, shape, a.y, near).objective)
         shapes |= {"M0, only hours in all count": hours,
-                   "MA, a term for each factor": Shape(tuple((x,) for x in varied), floor),
+                   "MA, a term for each factor": replace(added, terms=tuple((x,) for x in added.x)),
                    "MC, hours of a person count less and less": fewer,
-                   "MC, coupled": replace(fewer, coupled=bool(rest))}
-    first = LAW_OF_A_GRID if LAW_OF_A_GRID in shapes else next(iter(shapes))
-    return {first: shapes[first], **shapes}
+                   "MC, coupled": replace(fewer, coupled=law.coupled)}
+    for x in law.x:                      # another curve in the place of its power law
+        floor = law.floor and len(law.x) > 1             # a lone logarithm needs none
+        shapes |= {f"logarithm in {x}": replace(law, curve=("logarithm", x), floor=floor),
+                   f"exponential in {x}": replace(law, curve=("exponential", x))}
+    return shapes
 
-def other_curves(shape):
-    """{name: shape}, the same law with another curve in the place of the power law in a factor."""
-    return {f"{kind} in {x}": replace(shape, curve=(kind, x), floor=shape.floor and (
-                kind == "exponential" or len(shape.x) > 1))        # a lone logarithm needs none
-            for x in shape.x for kind in ("logarithm", "exponential")}
-
-def analyse(table, shapes, a):
-    """Fit the shapes, the first of which is the law; predict the held-out rows; resample."""
-    shape = next(iter(shapes.values()))
-    shapes = shapes | other_curves(shape)
+def analyse(table, terms, a):
+    """Fit the law of these terms and its alternatives; predict the held-out rows; resample."""
+    fixed = [x for x in sum(terms, ()) if len(np.unique(setting(table, x))) < 3]
+    varied = [tuple(x for x in term if x not in fixed) for term in terms]
+    terms = tuple(filter(None, varied))
+    require(not fixed or terms and "cap" in table,
+            f"{a.target} has too few values of {', '.join(fixed)}: an exponent needs 3, add runs")
+    for x in fixed:
+        print(f"note: {x} is left out of the law: an exponent needs 3 settings of it")
+    shapes = candidates(table, terms, a)
+    name, shape = next(iter(shapes.items()))
     least = max(5, *(candidate.parameters for candidate in shapes.values()))
     require(len(table[a.y]) >= least, f"{a.target} has {len(table[a.y])} rows, which are too few "
             f"for a law of {', '.join(shape.x)}: it needs {least}, add runs")
-    fits = {name: fit(table, candidate, a.y) for name, candidate in shapes.items()}
     columns = [x for x in dict.fromkeys([a.holdout or shape.columns[0], *shape.columns])
                if sum(~largest(table, x)) >= least]
     require(not a.holdout or a.holdout in columns,
             f"{a.target} has too few rows left without the largest {a.holdout}: add runs")
+    fits = {name: fit(table, candidate, a.y) for name, candidate in shapes.items()}
     for fitted in fits.values():
         fitted.held = {x: hold_out(table, fitted, a.y, x) for x in columns}
-    law, tables = next(iter(fits.values())), resampled(table, a.y, a.bootstrap)
+    tables = resampled(table, a.y, a.bootstrap)
     with ProcessPoolExecutor(2) as pool:
-        again = partial(fit, shape=shape, y=a.y, near=law)
+        again = partial(fit, shape=shape, y=a.y, near=fits[name])
         laws = {kind: list(pool.map(again, tables[kind], chunksize=8)) for kind in tables}
-    return Study(table, a.y, law, fits, tables, {**laws, "whole": [law]})
-
+    return Study(table, a.y, fits[name], fits, tables, laws | {"whole": [fits[name]]})
 # ---------------------------------------------------------------- verdicts
 def span(ci95):
     return "[{:.4g}, {:.4g}]".format(*ci95) if ci95 else "[no interval: it takes 3 seeds]"
@@ -270,7 +279,7 @@ def verdict(claim, text, quantity, samples, scale="signed", against="", refuted=
     or touches 0. Without an interval nothing is claimed."""
     result = estimate(quantity, samples, scale)
     low, high = result["ci95"] or (-math.inf, math.inf)
-    null, decision = SCALES[scale][1](0), "can't tell here"
+    null, decision = float(scale == "ratio"), "can't tell here"
     if refuted and result["ci95"]:
         decision = "doesn't hold"
     elif not against and (scale not in ("positive", "ratio") or 1e-3 < low and high < 10 * low):
@@ -279,44 +288,6 @@ def verdict(claim, text, quantity, samples, scale="signed", against="", refuted=
     if result["ci95_people"]:
         text += f"; with other held-out people {span(result['ci95_people'])}"
     return {**result, "decision": decision, "text": text}
-
-def regress(y, columns, groups):
-    """Least-squares slopes of y on the columns, with a constant for each group."""
-    constants = groups[:, None] == np.unique(groups)
-    return np.linalg.lstsq(np.column_stack([*columns, constants]), y, rcond=None)[0]
-
-def slopes_apart(table, y):
-    """Users' log-slope minus hours', positive where users are worth more: the mean over seeds. At
-    equal hours in all, the slope on log users is that difference. Hours in all have a slope of
-    their own for each size, and a curvature: straight lines alone claim too much (coverage.md)."""
-    apart = []
-    for seed in np.unique(table["seed"]):
-        rows = take(table, table["seed"] == seed)
-        total, sizes = np.log(rows["hours"]), rows["params_encoder"]
-        by_size = total * (sizes == np.unique(sizes)[:, None])
-        columns = [np.log(rows["users"]), total ** 2, *by_size]
-        apart.append(-regress(np.log(rows[y]), columns, sizes)[0])
-    return np.mean(apart)
-
-def users_or_hours(study):
-    centre = {x: np.sqrt([study.table[x].min() * study.table[x].max()]) for x in FACTORS}
-
-    def gain(law):
-        users, hours = (law.loss({**centre, x: 2 * centre[x]}).item() for x in DATA)
-        return hours / users
-    verdicts = {
-        "users_minus_hours_exponent": verdict(
-            "users are worth more than hours per user", "Difference of the log-slopes",
-            partial(slopes_apart, y=study.y), study.tables),
-        "twice_users_or_hours": verdict(
-            "twice the users beat twice the hours", "At the centre of the grid, loss with twice "
-            "the hours over loss with twice the users:", gain, study.laws, "ratio")}
-    if DATA in study.law.shape.terms:
-        verdicts["exponent_ratio"] = verdict(
-            "the next hour is worth more from a new user than from the same users", "Ratio a/b",
-            lambda law: (law.alpha("users") + 1e-9) / (law.alpha("hours_per_user") + 1e-9),
-            study.laws, "ratio")
-    return verdicts
 
 def power_law(study, x):
     """Undecided if another curve has a lower AICc or predicts the largest x better; no if both."""
@@ -329,6 +300,41 @@ def power_law(study, x):
     return verdict(f"a power law in {x}", "Exponent", lambda law: law.alpha(x), study.laws,
                    "positive", against, refuted)
 
+def regress(y, columns, groups):
+    """Least-squares slopes of y on the columns, with a constant for each group."""
+    constants = groups[:, None] == np.unique(groups)
+    return np.linalg.lstsq(np.column_stack([*columns, constants]), y, rcond=None)[0]
+
+def slopes_apart(table, y):
+    """Users' log-slope minus hours', positive where users are worth more: the mean over seeds. At
+    equal hours in all, the slope on log users is that difference. Hours in all have a slope of
+    their own for each size, and a curvature: straight lines alone claim too much (coverage.md)."""
+    apart = []
+    for rows in grouped(table, "{seed}").values():
+        total, sizes = np.log(rows["hours"]), rows["params_encoder"]
+        by_size = total * (sizes == np.unique(sizes)[:, None])
+        columns = [np.log(rows["users"]), total ** 2, *by_size]
+        apart.append(-regress(np.log(rows[y]), columns, sizes)[0])
+    return np.mean(apart)
+
+def users_or_hours(study):
+    centre = {x: np.sqrt([study.table[x].min() * study.table[x].max()]) for x in FACTORS}
+
+    def gain(law):
+        users, hours = (law.loss({**centre, x: 2 * centre[x]}).item() for x in DATA)
+        return hours / users
+    return {
+        "users_minus_hours_exponent": verdict(
+            "users are worth more than hours per user", "Difference of the log-slopes",
+            partial(slopes_apart, y=study.y), study.tables),
+        "twice_users_or_hours": verdict(
+            "twice the users beat twice the hours", "At the centre of the grid, loss with twice "
+            "the hours over loss with twice the users:", gain, study.laws, "ratio"),
+        "exponent_ratio": verdict(
+            "the next hour is worth more from a new user than from the same users", "Ratio a/b",
+            lambda law: (law.alpha("users") + 1e-9) / (law.alpha("hours_per_user") + 1e-9),
+            study.laws, "ratio")}
+
 def size_gap(table, y):
     """How much more log loss a tenfold larger model saves per doubling of the total hours."""
     sizes, same_draw = table["params_encoder"], labels(table, "{users} {cap} {seed}")
@@ -336,12 +342,10 @@ def size_gap(table, y):
     return -regress(np.log(table[y]), columns, same_draw)[0]
 
 def interaction(study):
-    table, law = study.table, study.law
+    table, law, added = study.table, study.law, study.fits["M1, terms added"]
     smallest = table["params_encoder"] == table["params_encoder"].min()
     rows = take(table, np.isin(table["seed"], table["seed"][smallest]))    # seeds with all sizes
-    added = replace(law.shape, coupled=False)
-    other = next(fitted for fitted in study.fits.values() if fitted.shape == added)
-    worse = any(predicts_worse(law, other, x) for x in law.held)
+    worse = any(predicts_worse(law, added, x) for x in law.held)
     return verdict("larger models need more data", "What a tenfold model saves in log loss grows, "
                    "per doubling of the hours in all, by", partial(size_gap, y=study.y),
                    resampled(rows, study.y), against="; but uncoupled predicts better" * worse)
@@ -362,15 +366,15 @@ def frontier(table):
     sizes = table["params_encoder"][losses.argmin(0)]
     return {"flops": budgets, "loss": losses.min(0), "params_encoder": sizes}
 
+def frontier_law(table):
+    return fit(frontier(table), Shape((("flops",),)), "loss")
+
 def compute_frontier(study):
-    def law_of(table):
-        return fit(frontier(table), Shape((("flops",),)), "loss")
-    law, best = law_of(study.table), frontier(study.table)
-    size = np.polyfit(np.log(best["flops"]), np.log(best["params_encoder"]), 1)[0]
-    points = {key: values.tolist() for key, values in {**best, "law": law.loss(best)}.items()}
+    points, law = frontier(study.table), frontier_law(study.table)
+    size = np.polyfit(np.log(points["flops"]), np.log(points["params_encoder"]), 1)[0]
     return {**law.numbers(), "size_exponent": size, "points": points, **verdict(
         "the lowest loss is a power law in compute", f"Size grows as flops^{size:.2f}; exponent",
-        lambda table: law_of(table).alpha("flops"), resampled(study.table, ""), "positive")}
+        lambda table: frontier_law(table).alpha("flops"), resampled(study.table, ""), "positive")}
 
 def downstream(study, score):
     """Does a benchmark's score follow the loss? Spearman's rank correlation."""
@@ -386,9 +390,11 @@ def downstream(study, score):
 def verdicts_of(study):
     table, shape = study.table, study.law.shape
     verdicts = {f"power_law_of_{x}": power_law(study, x) for x in shape.x}
-    if "cap" in table and set(DATA) <= set(shape.columns):
+    if "cap" not in table:               # no grid
+        return verdicts
+    if DATA in shape.terms:
         verdicts |= users_or_hours(study)
-    if "cap" in table and shape.coupled:
+    if shape.coupled:
         verdicts["capacity_interaction"] = interaction(study)
     if "curve" in table:
         verdicts["compute_frontier"] = compute_frontier(study)
@@ -396,8 +402,9 @@ def verdicts_of(study):
     return verdicts | {f"downstream_{key[:-9]}": downstream(study, key) for key in scores}
 
 # ---------------------------------------------------------------- tables
-def read_csv(path):
-    """{column: texts (n,)} of a CSV file."""
+def read_csv(path, needed):
+    """{column: (n,)} of a CSV file: numbers, or texts where a column has other texts. The columns
+    `needed` must be there, with numbers above 0."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             lines = [row for row in csv.reader(file, skipinitialspace=True) if row]
@@ -408,21 +415,17 @@ def read_csv(path):
     require(len(set(names)) == len(names), f"{path} has a column twice in {names}: rename one")
     for line, row in enumerate(rows, 2):
         require(len(row) == len(names), f"{path}, line {line}: the header has {len(names)} fields")
-    return dict(zip(names, np.array(rows, object).T))
-
-def number(text):
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-def numbers(texts, name, path, low=-math.inf):
-    """A column as numbers, nan where it has other text; if `low` is given, all must be above it."""
-    require(name in texts, f"{path} has no column '{name}'; it has {', '.join(texts)[:200]}")
-    values = np.array([number(text) for text in texts[name]])
-    bad = next((line for line, value in enumerate(values, 2) if not low < value < math.inf), 0)
-    require(low < 0 or not bad, f"{path}, line {bad}: '{name}' must be a number above {low}")
-    return values
+    table = dict(zip(names, np.array(rows).T))
+    for name, texts in table.items():
+        try:
+            table[name] = texts.astype(float)
+        except ValueError as error:
+            require(name not in needed, f"{path}: '{name}' must be a number in each row; {error}")
+    for name in needed:
+        require(name in table, f"{path} has no column '{name}'; it has {', '.join(names)[:200]}")
+        for line, value in enumerate(table[name], 2):
+            require(0 < value < math.inf, f"{path}, line {line}: '{name}' must be above 0")
+    return table
 
 def read_json(path):
     """The content of a .json file; of a .jsonl file, the list of its lines."""
@@ -441,10 +444,12 @@ def collect(folder, out):
             continue
         result, name = read_json(cell / "result.json"), {"name": cell.name}
         for key in result["config"].keys() - MAY_DIFFER:
-            value, other = result["config"][key], first.setdefault(key, result)["config"][key]
+            value = result["config"][key]
+            other = first.setdefault(key, value)
             require(value == other, f"{folder} mixes configurations: {key} is {value} in "
                     f"{cell.name}, and {other} in others: give each its own folder")
         row = {key: result[key] for key in result if not isinstance(result[key], (dict, list))}
+        row["hours_cap"] = result["hours_cap"] or math.inf
         row |= {"person.{source}/{user}".format(**who): who["loss"] for who in result["people"]}
         for path in sorted(cell.glob("finetune/*-probe.json")):
             scores, data = read_json(path), path.name.removesuffix("-probe.json")
@@ -454,32 +459,36 @@ def collect(folder, out):
                    for point in read_json(cell / "metrics.jsonl")]
     require(results, f"{folder} has no finished run: train first")
     for path, rows in ((out / "results.csv", results), (out / "curves.csv", curves)):
-        columns = dict.fromkeys(key for row in rows for key in row)
         with replacing(path) as temporary, open(temporary, "w", newline="") as file:
-            csv.writer(file).writerows([columns, *([row.get(x) for x in columns] for row in rows)])
+            columns = dict.fromkeys(key for row in rows for key in row)
+            writer = csv.DictWriter(file, columns, restval=math.nan)
+            writer.writeheader()
+            writer.writerows(rows)
     return out / "results.csv"
 
 def labels(table, text):
     """`text` for each row, (n,): names of columns in braces are replaced by their values."""
-    return np.array([text.format(**{key: values[row] for key, values in table.items()})
-                     for row in range(len(table["users"]))])
+    return np.array([text.format(**dict(zip(table, row))) for row in zip(*table.values())])
 
-def read_grid(path, a):
+def grouped(table, text):
+    """{label: its rows}"""
+    names = labels(table, text)
+    return {name: take(table, names == name) for name in dict.fromkeys(names)}
+
+def read_grid(path, needed, a):
     """The columns of a results.csv; `used` (n,): the rows that a law is fitted to."""
-    texts, needed = read_csv(path), ("name", "seed", "hours_cap", "unexplained", "converged")
-    table = {key: numbers(texts, key, path) for key in (*needed, *texts)}
-    table |= {x: numbers(texts, x, path, 0) for x in (a.y, "hours", *FACTORS)}
-    table["cap"], names = np.nan_to_num(table["hours_cap"], nan=math.inf), texts["name"]
-    people = [table[key] for key in table if key.startswith("person.")]
+    table = read_csv(path, {*needed, "hours", "unexplained"})
+    table["cap"], names = table["hours_cap"], table["name"]
+    people = [values for key, values in table.items() if key.startswith("person.")]
     if people and np.isfinite(people).all():               # all runs have the same people
         table["people"] = np.transpose(people)
     if path.with_name("curves.csv").is_file():
-        curves = read_csv(path.with_name("curves.csv"))
-        points = np.array([curves["flops"], curves["loss"]], float)
+        curves = read_csv(path.with_name("curves.csv"), ("flops", "loss"))
+        points = np.array([curves["flops"], curves["loss"]])
         runs = [points[:, curves["name"] == name] for name in names]     # (2, evaluations) each
         if all(run.size for run in runs):
             table["curve"] = np.fromiter(runs, object, len(names))
-    capped, group = texts["converged"] == "False", labels(table, "{users} {cap} {params_encoder}")
+    group, capped = labels(table, "{users} {cap} {params_encoder}"), table["converged"] == "False"
     require(a.converged_only or not capped.any(), f"{', '.join(names[capped])} did not converge: "
             "continue them with more --steps, or leave them out by --converged-only")
     small = np.array([table["unexplained"][group == setting].mean() for setting in group]
@@ -513,34 +522,32 @@ def entry(study, name):
         spread = (law.residuals ** 2).sum() / max(n - shape.parameters, 1)
         result |= {"scatter": 1.96 * math.sqrt(spread),
                    "range": {x: [min(table[x]), max(table[x])] for x in shape.columns},
-                   "resampled": {kind: [resample.numbers() for resample in laws[:200]]
-                                 for kind, laws in study.laws.items()}}
+                   "scaling": [law.middle, law.half, law.unit],
+                   "thetas": {kind: [resample.theta for resample in laws[:200]]
+                              for kind, laws in study.laws.items()}}
     return result
 
-def report(entries, verdicts):
+def report(study, entries, verdicts):
     first = entries[0]
     print("\n{y} = {form}   ({n} rows, objective {objective:.9g})".format(**first))
-    for key in ("E", "A", "alpha", "delta"):
-        if key in first:
-            ends = (first["ci95"] or {}).get(key, [])
-            print(f"  {key:6}", np.round(first[key], 4), *np.round(ends, 4).tolist())
+    for key, value in study.law.numbers().items():
+        ends = (first["ci95"] or {}).get(key, [])
+        print(f"  {key:6}", np.round(value, 4), *np.round(ends, 4).tolist())
+    print(f"{'':44} AICc, rms error at the largest", *first["held_out"])
     for law in entries:
-        held = ", ".join("{column} {rms_relative_error:.1%}".format(**errors)
-                         for errors in law["held_out"].values())
-        print(f"  {law['name']:42} AICc {law['aicc']:7.1f}  rms error of the largest: {held}")
+        print("  {name:42} {aicc:7.1f}".format(**law), *[
+            "{rms_relative_error:7.1%}".format(**errors) for errors in law["held_out"].values()])
     print(*[f"- {verdict['text']}" for verdict in verdicts.values()], sep="\n")
 
 def read_law(path):
-    """A laws.json, its first law, and that law's fits to the resampled tables."""
+    """From a laws.json: its first law, that law's fits to the resampled tables, the verdicts."""
     content = read_json(path)
-    first = (content.get("laws") or [{}])[0]
-    require("resampled" in first, f"{path} has no law of this program: fit a grid first")
+    first = content.get("laws", [{}])[0]
+    require("thetas" in first, f"{path} is from another version of this program: fit again")
     shape = Shape(tuple(map(tuple, first["terms"])), True, "delta" in first, first["enough"])
-
-    def fit_of(E, A, alpha, delta=1):
-        return Fit(shape, np.array([E, *delta * np.log(A), *alpha, math.log(delta)]))
-    return content, first, {kind: [fit_of(**numbers) for numbers in draws]
-                            for kind, draws in first["resampled"].items()}
+    laws = {kind: [Fit(shape, np.array(theta), *first["scaling"]) for theta in thetas]
+            for kind, thetas in first["thetas"].items()}
+    return first, laws, content["verdicts"]
 
 def expected(first, laws, table):
     """The loss of each row, and the band of 95 % of single runs: the law's interval and scatter."""
@@ -551,7 +558,7 @@ def expected(first, laws, table):
 
 def recommend(path, plan):
     """Which model fits a plan, what loss to expect, and whom to record next."""
-    content, first, laws = read_law(path)
+    first, laws, verdicts = read_law(path)
     ranges = first["range"]
     plan = {x: value for x, value in plan.items() if x in ranges}
     require(plan and set(ranges) <= set(FACTORS) and all(v and v > 0 for v in plan.values()),
@@ -562,27 +569,27 @@ def recommend(path, plan):
         plan["params_encoder"] = np.clip(size["value"], *ranges["params_encoder"])
         print(f"capacity: {size['value']:.3g} encoder parameters {span(size['ci95'])}; no larger "
               f"model gains more than 1 %; train {plan['params_encoder']:.3g}")
-    (loss,), (band,) = expected(first, laws, {x: np.array([value]) for x, value in plan.items()})
+    (loss,), (band,) = expected(first, laws, {x: np.array([plan[x]]) for x in plan})
     print(f"expected loss: {loss:.4f}, 95 % of single runs within {span(band.tolist())}")
-    if "exponent_ratio" in content["verdicts"]:
-        print("{text}".format(**content["verdicts"]["exponent_ratio"]))
-    for x, value in plan.items():
-        low, high = ranges[x]
-        if not low <= value <= high:
-            print(f"note: {x} {value:g} is extrapolated, the grid has {low:g} to {high:g}")
+    if "exponent_ratio" in verdicts:
+        print(verdicts["exponent_ratio"]["text"])
+    for x, (low, high) in ranges.items():
+        if not low <= plan[x] <= high:
+            print(f"note: {x} {plan[x]:g} is extrapolated, the grid has {low:g} to {high:g}")
 
 def predict(path, cells, out):
     """Predict each row of a CSV; where all have a measured `loss`, report the error."""
-    (_, first, laws), texts = read_law(path), read_csv(cells)
-    loss, bands = expected(first, laws, {x: numbers(texts, x, cells, 0) for x in first["range"]})
+    first, laws, _ = read_law(path)
+    table = read_csv(cells, first["range"])
+    losses, bands = expected(first, laws, table)
     result = {"law": str(path), "provenance": provenance(), "cells": [
         {"name": name, "loss": loss, "single_run": band}
-        for name, loss, band in zip(texts.get("name", loss), loss, bands.tolist())]}
-    if "loss" not in texts or not texts["loss"][0]:
+        for name, loss, band in zip(table.get("name", losses), losses, bands)]}
+    measured = table.get("loss", np.array(""))
+    if measured.dtype != float:
         return write_json(out / "prediction.json", result)
-    measured = numbers(texts, "loss", cells, 0)
     inside = np.mean((bands[:, 0] <= measured) & (measured <= bands[:, 1]))
-    result |= {**summary(abs(loss / measured - 1)), "inside": inside, "measured": measured.tolist()}
+    result |= {**summary(abs(losses / measured - 1)), "inside": inside, "measured": measured}
     print("median error {median_relative_error:.2%}, worst {worst_relative_error:.2%}, "
           "{inside:.0%} inside the band".format(**result))
     write_json(out / "outcome.json", result)
@@ -593,33 +600,30 @@ LABELS = {"hours_per_user": "hours of each user", "params_encoder": "encoder par
           "hours": "hours in all", "flops": "compute of the training, FLOPs",
           "loss": "loss on held-out people"}
 
-def grouped(table, text):
-    """{label: rows}"""
-    names = labels(table, text)
-    return {name: take(table, names == name) for name in dict.fromkeys(names)}
-
 def draw(title, x, y, groups, law=None):
     """Points of each group (empty: left out of the law); with a law its lines, named at the end."""
-    from matplotlib import figure, ticker    # here, so that --help and errors come fast
-    ax = figure.Figure(figsize=(7, 5), layout="constrained").subplots()
+    from matplotlib.figure import Figure     # here, so that --help and errors come fast
+    ax = Figure(figsize=(7, 5), layout="constrained").subplots()
     ax.set(title=title, xlabel=LABELS.get(x, x), ylabel=LABELS.get(y, y))
     ax.spines[["top", "right"]].set_visible(False)
     if x in (*FACTORS, "hours", "flops"):
         ax.set_xscale("log")
-        ax.xaxis.set(major_formatter="{x:,.7g}", minor_formatter=ticker.NullFormatter())
-        if law:                              # a tick at each setting
-            ax.set_xticks(np.unique([at for rows in groups.values() for at in setting(rows, x)]))
+    if x in FACTORS:
+        ticks = np.unique(np.concatenate([setting(rows, x) for rows in groups.values()]))
+        ax.set_xticks(ticks, [f"{tick:,.7g}" for tick in ticks])
+        ax.minorticks_off()
     ends = []
     for (name, rows), colour in zip(groups.items(), COLOURS):
-        at = np.unique(setting(rows, x), return_index=True)[1]
+        at, first = np.unique(setting(rows, x), return_index=True)
         if law and len(at) == 1:
             continue
         filled = np.where(rows.get("used", rows[x] > 0), colour, "white")
         ax.scatter(rows[x], rows[y], 12, filled, edgecolors=colour, linewidths=.7, label=name)
         if law:
-            line = take(rows, at)
-            ax.plot(line[x], law.loss(line), color=colour)
-            ends.append((law.loss(line)[-1], line[x][-1], name, colour))
+            line = take(rows, first)
+            losses = law.loss(line)
+            ax.plot(line[x], losses, color=colour)
+            ends.append((losses[-1], line[x][-1], name, colour))
     height, gap = -math.inf, np.ptp(ax.get_ylim()) / 25
     for end, right, name, colour in sorted(ends):          # names don't overlap
         height = max(end, height + gap)
@@ -628,31 +632,37 @@ def draw(title, x, y, groups, law=None):
         ax.legend(frameon=False)
     return ax
 
-def draw_grid(study, shown, verdicts):
-    """{name: axes}, those whose factors vary in the grid; `shown` has all of its cells."""
-    shown = take(shown, np.lexsort([shown[x] for x in reversed(FACTORS)]))
+def figures(study, shown):
+    """{name: axes}; of a grid, `shown` has all of its cells."""
+    table, y, law, axes = study.table, study.y, study.law, {}
+    if "cap" in table:
+        axes = draw_grid(study, take(shown, np.lexsort([shown[x] for x in FACTORS[::-1]])))
+    points = {"fitted to": {"measured": table[y], "predicted": law.loss(table)}}
+    axes["fit"] = draw("The law against the runs", "measured", "predicted", points | {
+        f"largest {LABELS.get(x, x)}, held out": rows for x, rows in law.held.items()})
+    axes["fit"].axline([table[y][0]] * 2, slope=1, color="black", lw=1)
+    return axes
+
+def draw_grid(study, shown):
+    """{name: axes}, of those factors that vary in the grid."""
     y, law, sizes = study.y, study.law, shown["params_encoder"]
     main = take(shown, sizes == np.quantile(sizes, .5, method="nearest"))
     views = {
         "loss_vs_users": ("More people, as long each", "users", main, "{cap:.2g} h each"),
         "users_vs_hours": ("As many hours, of more people", "users", main, "{hours:.2g} h in all"),
-        "loss_vs_hours": ("More hours of as many people", "hours_per_user", main,
-                          "{users:g} users"),
+        "loss_vs_hours": ("More hours of each", "hours_per_user", main, "{users:g} users"),
         "loss_vs_params": ("Larger models on the same data", "params_encoder", shown,
                            "{users:g} users, {cap:.2g} h")}
     axes = {name: draw(title, x, y, grouped(rows, label), law)
             for name, (title, x, rows, label) in views.items() if x in law.shape.columns}
-    by_size = grouped(shown, "{params_encoder:,.0f} parameters")
     for score in [key for key in shown if key.endswith("_macro_f1")]:
-        axes[score] = draw("A linear probe's score against the loss", y, score, by_size)
-    if "compute_frontier" in verdicts:
-        best = verdicts["compute_frontier"]["points"]
-        axes["frontier"] = draw("The lowest loss for a given compute", "flops", y, {
-            name: dict(zip(("flops", y), np.hstack(list(rows["curve"]))))
-            for name, rows in by_size.items()})
-        for dots in axes["frontier"].collections:
-            dots.set(alpha=.1, sizes=[4])
-        axes["frontier"].plot(best["flops"], best["law"], color="black", lw=2)
+        axes[score] = draw("A linear probe's score against the loss", y, score,
+                           grouped(shown, "{params_encoder:,.0f} parameters"))
+    if "curve" in shown:
+        best = grouped(frontier(study.table), "{params_encoder:,.0f} parameters")
+        axes["frontier"] = draw("The lowest loss for a given compute (grey: all evaluations)",
+                                "flops", "loss", best, frontier_law(study.table))
+        axes["frontier"].plot(*np.hstack(list(shown["curve"])), ",", color="silver", zorder=0)
     if law.shape.coupled and len(study.laws) > 1:
         axes["capacity"] = draw_capacity(study)
     return axes
@@ -676,7 +686,8 @@ def parse():
     add = p.add_argument
     add("target", type=Path, help="folder of runs, a grid's results.csv, a table, or a laws.json")
     add("--out", type=Path, help="folder for laws.json, the figures and a grid's tables")
-    add("--x", nargs="+", metavar="TERM", help="columns of a table; those joined by * share a term")
+    add("--x", nargs="+", metavar="TERM", type=lambda term: tuple(term.split("*")),
+        help="columns of a table; those joined by * share a term")
     add("--y", default="loss", help="the column to explain (default: loss)")
     add("--no-floor", action="store_true", help="E is 0: with enough data any loss can be reached")
     add("--holdout", metavar="COLUMN", help="predict the rows where it is largest (default: all)")
@@ -699,51 +710,24 @@ def parse():
 def main():
     a = parse()
     if a.recommend:
-        return recommend(a.target, {x: getattr(a, x) for x in DATA})
+        return recommend(a.target, {x: vars(a)[x] for x in DATA})
     if a.predict:
         return predict(a.target, a.predict, a.out or a.target.parent)
-    if a.x:
-        terms, texts = tuple(tuple(word.split("*")) for word in a.x), read_csv(a.target)
-        factors = sum(terms, ())
-        require(len(factors) < 5 and len({"", a.y, *factors}) == len(factors) + 2,
-                "--x takes one to four columns, each in one term only, and not --y")
-        used = {x: numbers(texts, x, a.target, 0) for x in {*factors, a.y, a.holdout or a.y}}
-        if "seed" in texts:
-            used["seed"] = texts["seed"]
-    else:
-        factors = FACTORS
-        shown = read_grid(collect(a.target, a.out) if a.target.is_dir() else a.target, a)
-        used = take(shown, shown["used"])
-    levels = {x: len(np.unique(setting(used, x))) for x in factors}
-    fixed = [x for x in factors if levels[x] < 3]
-    require(not a.holdout or a.holdout in used, f"{a.target} has no column '{a.holdout}'")
-    require(not fixed or not a.x and len(fixed) < 3,
-            f"{a.target} has too few values of {', '.join(fixed)}: an exponent needs 3, add runs")
-    for x in fixed:
-        print(f"note: {x} is left out of the law: an exponent needs 3 settings of it")
-    if "seed" in used and len(np.unique(used["seed"])) < 3:
-        print("note: fewer than 3 seeds, so no intervals and no claims")
-    if a.x:
-        shapes = {f"{a.y} by {' + '.join(a.x)}": Shape(terms, not a.no_floor)}
-        if len(terms) > 1:
-            shapes["the same, coupled"] = Shape(terms, not a.no_floor, coupled=True)
-    else:
-        varied = [x for x in factors if x not in fixed]
-        shapes = candidates(used, varied, a.y, not a.no_floor)
-    study = analyse(used, shapes, a)
+    terms = tuple(a.x or TERMS)
+    factors = sum(terms, ())
+    require(len(factors) < 5 and len({"", a.y, *factors}) == len(factors) + 2,
+            "--x takes one to four columns, each in one term only, and not --y")
+    needed = {*factors, a.y, a.holdout or a.y}
+    path = collect(a.target, a.out) if a.target.is_dir() else a.target
+    shown = read_csv(path, needed) if a.x else read_grid(path, needed, a)
+    study = analyse(take(shown, shown.get("used", slice(None))), terms, a)
     verdicts, entries = verdicts_of(study), [entry(study, name) for name in study.fits]
-    axes = {} if a.x else draw_grid(study, shown, verdicts)
-    points = {"fitted to": {"measured": used[a.y], "predicted": study.law.loss(used)}}
-    axes["fit"] = draw("The law against the runs", "measured", "predicted", points | {
-        f"largest {LABELS.get(x, x)}, held out": rows for x, rows in study.law.held.items()})
-    axes["fit"].axline([used[a.y][0]] * 2, slope=1, color="black", lw=1)
-    for name, ax in axes.items():
-        with replacing(a.out / f"{name}.png") as temporary:
-            ax.figure.savefig(temporary, dpi=150)
     write_json(a.out / "laws.json",
                {"laws": entries, "verdicts": verdicts, "provenance": provenance()})
-    report(entries, verdicts)
-    print(f"\n{a.out}: laws.json, {', '.join(f'{name}.png' for name in axes)}")
+    for name, ax in figures(study, shown).items():
+        with replacing(a.out / f"{name}.png") as temporary:
+            ax.figure.savefig(temporary, dpi=150)
+    report(study, entries, verdicts)
 
 if __name__ == "__main__":
     command(main)

@@ -13,7 +13,7 @@ from scipy.optimize import differential_evolution
 
 import fit_laws
 from data import UserError
-from fit_laws import (HUBER, Shape, analyse, candidates, estimate, fit, objective, resampled,
+from fit_laws import (FACTORS, HUBER, TERMS, Shape, analyse, estimate, fit, objective, resampled,
                       slopes_apart, take, verdicts_of)
 
 ROOT = Path(__file__).parent.parent
@@ -92,9 +92,8 @@ def write_runs(out, table, probe=True, people=4, **changes):
 
 def verdicts_on(table):
     """The verdicts of a grid, as main has them."""
-    varied = [x for x in fit_laws.FACTORS if len(np.unique(table[x])) > 2]
-    a = SimpleNamespace(y="loss", bootstrap=1, holdout=None, target="grid")
-    return verdicts_of(analyse(table, candidates(table, varied, "loss", True), a))
+    a = SimpleNamespace(y="loss", bootstrap=1, holdout=None, target="grid", no_floor=False)
+    return verdicts_of(analyse(table, TERMS, a))
 
 def apart(table):
     """The interval of users against hours, by log-slopes."""
@@ -264,8 +263,9 @@ def test_cells_that_cannot_be_used_are_named_and_left_out(tmp_path, capsys):
     def used(converged_only=False, cell=first, **changes):
         """How many cells a law would be fitted to, if these things were in the result of one."""
         (cell / "result.json").write_text(json.dumps({**result, **changes}))
-        a = SimpleNamespace(y="loss", converged_only=converged_only, max_unexplained=.93)
-        return fit_laws.read_grid(fit_laws.collect(runs, tmp_path), a)["used"].sum()
+        a = SimpleNamespace(converged_only=converged_only, max_unexplained=.93)
+        table = fit_laws.collect(runs, tmp_path)
+        return fit_laws.read_grid(table, {"loss", *FACTORS}, a)["used"].sum()
     with pytest.raises(UserError, match=f"{first.name} did not converge"):
         used(converged=False)
     assert used(True, converged=False) == 49
