@@ -254,9 +254,9 @@ def analyse(table, terms, a):
         print(f"note: {x} is left out of the law: an exponent needs 3 settings of it")
     shapes = candidates(table, terms, a)
     name, shape = next(iter(shapes.items()))
-    least = max(5, *(candidate.parameters for candidate in shapes.values()))
-    require(len(table[a.y]) >= least, f"{a.target} has {len(table[a.y])} rows, which are too few "
-            f"for a law of {', '.join(shape.x)}: it needs {least}, add runs")
+    n, least = len(table[a.y]), max(5, *(shape.parameters for shape in shapes.values()))
+    require(n >= least, f"{a.target} has {n} rows, which are too few for a law of "
+            f"{', '.join(shape.x)}: it needs {least}, add runs")
     columns = [x for x in dict.fromkeys([a.holdout or shape.columns[0], *shape.columns])
                if sum(~largest(table, x)) >= least]
     require(not a.holdout or a.holdout in columns,
@@ -632,19 +632,9 @@ def draw(title, x, y, groups, law=None):
         ax.legend(frameon=False)
     return ax
 
-def figures(study, shown):
-    """{name: axes}; of a grid, `shown` has all of its cells."""
-    table, y, law, axes = study.table, study.y, study.law, {}
-    if "cap" in table:
-        axes = draw_grid(study, take(shown, np.lexsort([shown[x] for x in FACTORS[::-1]])))
-    points = {"fitted to": {"measured": table[y], "predicted": law.loss(table)}}
-    axes["fit"] = draw("The law against the runs", "measured", "predicted", points | {
-        f"largest {LABELS.get(x, x)}, held out": rows for x, rows in law.held.items()})
-    axes["fit"].axline([table[y][0]] * 2, slope=1, color="black", lw=1)
-    return axes
-
 def draw_grid(study, shown):
-    """{name: axes}, of those factors that vary in the grid."""
+    """{name: axes}, of those factors that vary in the grid; `shown` has all of its cells."""
+    shown = take(shown, np.lexsort([shown[x] for x in FACTORS[::-1]]))
     y, law, sizes = study.y, study.law, shown["params_encoder"]
     main = take(shown, sizes == np.quantile(sizes, .5, method="nearest"))
     views = {
@@ -662,7 +652,7 @@ def draw_grid(study, shown):
         best = grouped(frontier(study.table), "{params_encoder:,.0f} parameters")
         axes["frontier"] = draw("The lowest loss for a given compute (grey: all evaluations)",
                                 "flops", "loss", best, frontier_law(study.table))
-        axes["frontier"].plot(*np.hstack(list(shown["curve"])), ",", color="silver", zorder=0)
+        axes["frontier"].plot(*np.hstack(list(shown["curve"])), ",", color="grey", zorder=0)
     if law.shape.coupled and len(study.laws) > 1:
         axes["capacity"] = draw_capacity(study)
     return axes
@@ -677,6 +667,15 @@ def draw_capacity(study):
         if ci95 and ci95[1] < 10 * ci95[0]:
             ax.plot([rows["hours"][0]] * 2, ci95, color=COLOURS[1], lw=3)
     ax.set_yscale("log")
+    return ax
+
+def draw_fit(study):
+    """What the law says of the runs it was fitted to, and of those that were held out."""
+    measured = study.table[study.y]
+    ax = draw("The law against the runs", "measured", "predicted", {
+        "fitted to": {"measured": measured, "predicted": study.law.loss(study.table)},
+        **{f"largest {LABELS.get(x, x)}, held out": rows for x, rows in study.law.held.items()}})
+    ax.axline([measured[0]] * 2, slope=1, color="black", lw=1)
     return ax
 
 # ---------------------------------------------------------------- the command line
@@ -724,7 +723,8 @@ def main():
     verdicts, entries = verdicts_of(study), [entry(study, name) for name in study.fits]
     write_json(a.out / "laws.json",
                {"laws": entries, "verdicts": verdicts, "provenance": provenance()})
-    for name, ax in figures(study, shown).items():
+    axes = {} if a.x else draw_grid(study, shown)
+    for name, ax in {**axes, "fit": draw_fit(study)}.items():
         with replacing(a.out / f"{name}.png") as temporary:
             ax.figure.savefig(temporary, dpi=150)
     report(study, entries, verdicts)
