@@ -226,10 +226,9 @@ def folder(user, names, read, settings):
     """A .npz with signal (n, 6) or (n, 3), rate (5 to 10,000 Hz) and, if you like, segment, label
     (n,); or a .csv with the columns t,ax,ay,az[,gx,gy,gz][,label], t in seconds."""
     path = names[0]
-    if path.suffix == ".npz":
-        size = sum(info.file_size for info in zipfile.ZipFile(path).infolist())
-        require(size <= ZIP_LIMIT, f"{path} unpacks to {size:,} bytes, which is too much")
-    fields = np.load(path) if path.suffix == ".npz" else read_csv(path)
+    packed = zipfile.ZipFile(path).infolist() if path.suffix == ".npz" else []
+    require(sum(info.file_size for info in packed) <= ZIP_LIMIT, f"{path} unpacks to too much")
+    fields = np.load(path) if packed else read_csv(path)
     x = fields["signal"].astype(float)
     t = fields["t"] if "t" in fields else np.arange(len(x)) / fields["rate"].item()
     segment = fields.get("segment", np.zeros(len(x)))

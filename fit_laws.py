@@ -269,6 +269,7 @@ def analyse(table, terms, a):
         again = partial(fit, shape=shape, y=a.y, near=fits[name])
         laws = {kind: list(pool.map(again, tables[kind], chunksize=8)) for kind in tables}
     return Study(table, a.y, fits[name], fits, tables, laws | {"whole": [fits[name]]})
+
 # ---------------------------------------------------------------- verdicts
 def span(ci95):
     return "[{:.4g}, {:.4g}]".format(*ci95) if ci95 else "[no interval: it takes 3 seeds]"
