@@ -25,7 +25,7 @@ SENSORS = {"both": slice(0, 6), "acc": slice(0, 3), "gyro": slice(3, 6)}        
 SCALE = np.float32([[0.7]] * 3 + [[1.05]] * 3)     # g, rad/s: the model's input is divided by it
 GRAVITY, DEGREE = 9.80665, np.pi / 180             # m/s^2 in 1 g, rad in 1 degree
 GAP, LARGEST = 0.5, 1e4                            # s: longer gaps cut; larger values are errors
-FILE_LIMIT, ZIP_LIMIT = 64 << 20, 1 << 30          # bytes, unpacked: of a file, of zips in a zip
+FILE_LIMIT, ZIP_LIMIT = 64 << 20, 1 << 30          # bytes: the most a file, a zip may unpack to
 
 # ---------------------------------------------------------------- the table of sources
 # members: pattern of the files to read; group 1 is the part, usually a user. archives: URLs, or
@@ -71,6 +71,8 @@ def command(main):
     """Run `main()` as a command line: an error is one sentence on stderr, never a traceback."""
     try:
         sys.exit(main())
+    except BrokenPipeError:                        # the reader, such as `| head`, has ended
+        os._exit(141)
     except (UserError, OSError, BrokenExecutor) as error:        # OSError: full disk, no permission
         message, status = error, 2
     except KeyboardInterrupt:
@@ -226,14 +228,15 @@ def folder(user, names, read, settings):
     """A .npz with signal (n, 6) or (n, 3), rate (5 to 10,000 Hz) and, if you like, segment, label
     (n,); or a .csv with the columns t,ax,ay,az[,gx,gy,gz][,label], t in seconds."""
     path = names[0]
-    packed = zipfile.ZipFile(path).infolist() if path.suffix == ".npz" else []
-    require(sum(info.file_size for info in packed) <= ZIP_LIMIT, f"{path} unpacks to too much")
-    fields = np.load(path) if packed else read_csv(path)
+    if path.suffix == ".npz":
+        open_zips((path,))                         # refuses a file that unpacks to too much
+    fields = np.load(path) if path.suffix == ".npz" else read_csv(path)
     x = fields["signal"].astype(float)
     t = fields["t"] if "t" in fields else np.arange(len(x)) / fields["rate"].item()
     segment = fields.get("segment", np.zeros(len(x)))
     label = np.char.strip(fields.get("label", np.full(len(x), "")).astype(str))
-    if x.shape[1:] not in ((3,), (6,)) or not 4.9 < 1 / np.nanmedian(np.diff(t)) < 10_100:
+    if x.shape[1:] not in ((3,), (6,)) or not (
+            5 <= round(1 / np.nanmedian(np.diff(t)), 2) <= 10_000):
         raise ValueError(f"signal {x.shape}, or a rate that isn't 5 to 10,000 Hz")
     good = (np.abs(x) < LARGEST).all(1) & np.isfinite(t)
     require(good.all(), f"{path}, row {good.argmin() + 1}: missing or impossible value; drop it")
@@ -358,6 +361,8 @@ def open_zips(paths):
             inner = [info for info in outer.infolist() if info.filename.endswith(".zip")]
             require(sum(info.file_size for info in inner) <= ZIP_LIMIT, "a zip in it is too large")
             zips = [outer, *(zipfile.ZipFile(io.BytesIO(outer.read(info))) for info in inner)]
+            size = sum(info.file_size for z in zips for info in z.infolist())
+            require(size <= max(ZIP_LIMIT, 200 * os.stat(path).st_size), "it unpacks to too much")
         except Exception as error:
             raise UserError(f"{path} can't be read as a zip ({error}): replace the file") from None
         files |= {name: z for z in zips for name in z.namelist()}
@@ -594,7 +599,8 @@ def plot(name):
     print(f"data/{name}/plot.png shows {3 * len(kinds)} windows")
 
 def main():
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("source", nargs="?", choices=[*SOURCES, "plot"], help="what to prepare; without: a list")
     flag("which", nargs="?", default="", help="with plot: the prepared set to draw")

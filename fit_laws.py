@@ -422,7 +422,7 @@ def read_csv(path, needed):
             table[name] = texts.astype(float)
         except ValueError as error:
             require(name not in needed, f"{path}: '{name}' must be a number in each row; {error}")
-    for name in needed:
+    for name in sorted(needed):
         require(name in table, f"{path} has no column '{name}'; it has {', '.join(names)[:200]}")
         for line, value in enumerate(table[name], 2):
             require(0 < value < math.inf, f"{path}, line {line}: '{name}' must be above 0")
@@ -479,6 +479,9 @@ def grouped(table, text):
 def read_grid(path, needed, a):
     """The columns of a results.csv; `used` (n,): the rows that a law is fitted to."""
     table = read_csv(path, {*needed, "hours", "unexplained"})
+    for key, kind in {"name": "U", "converged": "U", "seed": "f", "hours_cap": "f"}.items():
+        require(key in table and table[key].dtype.kind == kind, f"{path}: '{key}' is missing or "
+                "damaged: collect the grid again, or give --x for a table of another kind")
     table["cap"], names = table["hours_cap"], table["name"]
     people = [values for key, values in table.items() if key.startswith("person.")]
     if people and np.isfinite(people).all():               # all runs have the same people
@@ -543,7 +546,7 @@ def report(study, entries, verdicts):
 def read_law(path):
     """From a laws.json: its first law, that law's fits to the resampled tables, the verdicts."""
     content = read_json(path)
-    first = content.get("laws", [{}])[0]
+    first = (content.get("laws") or [{}])[0]
     require("thetas" in first, f"{path} is from another version of this program: fit again")
     shape = Shape(tuple(map(tuple, first["terms"])), True, "delta" in first, first["enough"])
     laws = {kind: [Fit(shape, np.array(theta), *first["scaling"]) for theta in thetas]

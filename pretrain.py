@@ -216,13 +216,15 @@ def draw_reconstruction(path, model, held, rate):
 def number(kind, low, high=1e9):
     """An argparse type: an int or a float from `low` to `high`."""
     def parse(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
-        return kind(text)
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text} is not {kind.__name__} from {low:g} to {high:g}")
     return parse
 
 def build_parser():
-    p = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description="Pre-train a masked autoencoder: one cell of the grid.",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     count, share, positive = number(int, 1), number(float, 0, 1), number(float, 0)
     flag = p.add_argument_group("data, model and task").add_argument
     flag("--data", default="simulated", help="prepared set, or several pooled: a+b+c")
