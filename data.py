@@ -145,7 +145,8 @@ def cut(recordings, length):
             if n >= length:
                 x = np.hstack([resample(t, x, start, n) for t, x in pair])           # (n, C)
                 x = x[:n // length * length].reshape(n // length, length, -1)
-                windows.append(x.transpose(0, 2, 1).astype(np.float16))
+                x = x.transpose(0, 2, 1).astype(np.float16) + np.float16(0)          # -0 -> 0:
+                windows.append(x)                  # its sign would depend on the processor
                 rows += [(user, label or "")] * len(x)
         left_out["recordings shorter than a window, once cut at gaps"] += len(rows) == before
     windows = np.concatenate(windows) if windows else np.empty((0, 0, length), np.float16)

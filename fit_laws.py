@@ -220,13 +220,12 @@ def predicts_worse(law, other, x):
 
 # ---------------------------------------------------------------- the shapes that are compared
 def candidates(table, terms, a):
-    """{name: shape}, the law first: of a grid the coupled one; why: results/coverage.md."""
+    """{name: shape}, the law first: of a grid the coupled one, or the one that --law names."""
     added, grid = Shape(terms, not a.no_floor), "cap" in table
     shapes = {"M1, terms added": added}
     if len(terms) > 1:
         coupled = {"M2, terms coupled": replace(added, coupled=True)}
         shapes = coupled | shapes if grid else shapes | coupled
-    law = next(iter(shapes.values()))
     if grid and DATA in terms:
         hours = replace(added, terms=(("data",), *terms[1:]), enough=1e9)
         near, each = fit(table, hours, a.y), table["hours_per_user"]
@@ -236,7 +235,11 @@ def candidates(table, terms, a):
         shapes |= {"M0, only hours in all count": hours,
                    "MA, a term for each factor": replace(added, terms=tuple((x,) for x in added.x)),
                    "MC, hours of a person count less and less": fewer,
-                   "MC, coupled": replace(fewer, coupled=law.coupled)}
+                   "MC, coupled": replace(fewer, coupled=len(terms) > 1)}
+    first = [name for name in shapes if name.startswith(a.law)]
+    require(first, f"--law {a.law}: name one of {', '.join(shapes)}")
+    law = shapes[first[0]]
+    shapes = {first[0]: law} | shapes
     for x in law.x:                      # another curve in the place of its power law
         floor = law.floor and len(law.x) > 1             # a lone logarithm needs none
         shapes |= {f"logarithm in {x}": replace(law, curve=("logarithm", x), floor=floor),
@@ -604,10 +607,15 @@ LABELS = {"hours_per_user": "hours of each user", "params_encoder": "encoder par
           "hours": "hours in all", "flops": "compute of the training, FLOPs",
           "loss": "loss on held-out people"}
 
-def draw(title, x, y, groups, law=None):
-    """Points of each group (empty: left out of the law); with a law its lines, named at the end."""
+def panels(n):
+    """The axes of n panels, side by side."""
     from matplotlib.figure import Figure     # here, so that --help and errors come fast
-    ax = Figure(figsize=(7, 5), layout="constrained").subplots()
+    size = (7, 5) if n == 1 else (3.6 * n, 4.5)
+    return Figure(size, layout="constrained").subplots(1, n, sharey=True, squeeze=False)[0]
+
+def draw(title, x, y, groups, law=None, ax=None):
+    """Points of each group (empty: left out of the law); with a law its lines, named at the end."""
+    ax = ax or panels(1)[0]
     ax.set(title=title, xlabel=LABELS.get(x, x), ylabel=LABELS.get(y, y))
     ax.spines[["top", "right"]].set_visible(False)
     if x in (*FACTORS, "hours", "flops"):
@@ -619,7 +627,7 @@ def draw(title, x, y, groups, law=None):
     ends = []
     for (name, rows), colour in zip(groups.items(), COLOURS):
         at, first = np.unique(setting(rows, x), return_index=True)
-        if law and len(at) == 1:
+        if law and len(at) < 2:
             continue
         filled = np.where(rows.get("used", rows[x] > 0), colour, "white")
         ax.scatter(rows[x], rows[y], 12, filled, edgecolors=colour, linewidths=.7, label=name)
@@ -644,11 +652,16 @@ def draw_grid(study, shown):
     views = {
         "loss_vs_users": ("More people, as long each", "users", main, "{cap:.2g} h each"),
         "users_vs_hours": ("As many hours, of more people", "users", main, "{hours:.2g} h in all"),
-        "loss_vs_hours": ("More hours of each", "hours_per_user", main, "{users:g} users"),
         "loss_vs_params": ("Larger models on the same data", "params_encoder", shown,
                            "{users:g} users, {cap:.2g} h")}
     axes = {name: draw(title, x, y, grouped(rows, label), law)
             for name, (title, x, rows, label) in views.items() if x in law.shape.columns}
+    if "hours_per_user" in law.shape.columns:              # a panel for each number of users
+        counts, models = np.unique(shown["users"]), grouped(shown, "{params_encoder:,.0f}")
+        for users, ax in zip(counts, panels(len(counts))):
+            rows = {size: take(all, all["users"] == users) for size, all in models.items()}
+            axes["loss_vs_hours"] = draw(f"{users:g} users", "hours_per_user", y, rows, law, ax)
+            ax.label_outer()
     for score in [key for key in shown if key.endswith("_macro_f1")]:
         axes[score] = draw("A linear probe's score against the loss", y, score,
                            grouped(shown, "{params_encoder:,.0f} parameters"))
@@ -693,6 +706,8 @@ def parse():
         help="columns of a table; those joined by * share a term")
     add("--y", default="loss", help="the column to explain (default: loss)")
     add("--no-floor", action="store_true", help="E is 0: with enough data any loss can be reached")
+    add("--law", default="", metavar="NAME", help="the shape to use, by the start of its name: M0, "
+        "M1, M2, MA or MC (default: M2 for a grid; results/coverage.md says why)")
     add("--holdout", metavar="COLUMN", help="predict the rows where it is largest (default: all)")
     add("--bootstrap", type=int, default=1000, help="resampled tables for the intervals, or 0; "
         "with seeds, each seed is left out once instead (default: 1000)")

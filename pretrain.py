@@ -97,8 +97,7 @@ def update_average(average, model, step, gamma):
     """Power-function average of the weights w (Karras et al. 2024, arXiv 2312.02696, section 3):
     average <- b average + (1 - b) w_t, b = (1 - 1/t)^(gamma + 1): w_s weighs about s^gamma."""
     share = 1 - (1 - 1 / step) ** (gamma + 1)
-    for mean, weights in zip(average.parameters(), model.parameters()):
-        mean.lerp_(weights, share)
+    torch._foreach_lerp_([*average.parameters()], [*model.parameters()], share)
 
 # ---------------------------------------------------------------- the held-out loss, and the end
 @torch.no_grad()
@@ -376,9 +375,10 @@ def main():
                 print("step {step:6d}  train {train_loss:.4f}  held-out {loss:.4f}  {seconds:.0f} s"
                       .format(**history[-1]), f" {speed * a.batch:.0f} windows/s, at most "
                       f"{(a.steps - step) / speed:.0f} s left", flush=True)
-        stop = torch.tensor(len(signals), device=device)
-        if world > 1:
-            dist.all_reduce(stop)                      # all processes stop at the same step
+        stop = len(signals)
+        if world > 1:                                  # all processes stop at the same step
+            stop = torch.tensor(stop, device=device)
+            dist.all_reduce(stop)
         if stop or seconds > saved + 10:
             save()
             saved = seconds
