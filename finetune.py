@@ -2,8 +2,8 @@
 Downstream: what a pre-trained encoder knows about activities of people it has never seen.
 
     windows x (n, C, T)         scaled as in pre-training; a tail shorter than a patch is cut
-      encode  -> (n, S, G, D)   a latent of each patch of each sensor, none masked
-      pool    -> (n, F)         mean and deviation over time, by sensor: F = 2 x S x D
+      encode  -> (n, S, G, 2D)  of each patch of each sensor, none masked: the last two blocks
+      pool    -> (n, F)         mean and deviation over time, by sensor: F = 4 x S x D
       predict -> (n,)           by a probe, or by a network of encoder and head
       score   -> RUN/finetune/DATA-MODE.json and .png
 
@@ -103,17 +103,17 @@ def load_run(run):
     return model.eval(), config
 
 class Encoder(nn.Module):
-    """Scaled windows (B, C, T) -> features (B, F): the mean over time of the latents of each
-    sensor, and their deviation. sensors: the numbers of the model's sensors, all by default."""
+    """Scaled windows (B, C, T) -> features (B, F): the mean over time of each sensor's patches, and
+    their deviation. sensors: the numbers of the model's sensors, all by default."""
 
     def __init__(self, model, sensors=None):
         super().__init__()
         self.model, self.sensors = model, sensors
 
     def forward(self, x):
-        latents = self.model.features(x.to(self.model.norm.weight.device), self.sensors)
-        deviation = (latents.var(2, correction=0) + 1e-5).sqrt()               # (B, S, D)
-        return torch.cat([latents.mean(2), deviation], dim=1).flatten(1)
+        patches = self.model.features(x.to(self.model.norm.weight.device), self.sensors)
+        deviation = (patches.var(2, correction=0) + 1e-5).sqrt()               # (B, S, 2D)
+        return torch.cat([patches.mean(2), deviation], dim=1).flatten(1)
 
 @torch.no_grad()
 def in_batches(net, x):

@@ -135,13 +135,18 @@ class MAE(nn.Module):
         for table in (self.sensor, self.mask_token):
             nn.init.normal_(table.weight, std=0.02)
 
-    def encode(self, tokens, index, patches):
-        """Visible tokens (B, K, 3P) at index (B, K) into S x `patches` -> latents (B, K, D)."""
-        x = self.embed(tokens) + self.sensor(index // patches)
+    def streams(self, tokens, index, patches):
+        """Tokens (B, K, 3P) at index (B, K) into S x `patches` -> [(B, K, D), ...]: what goes into
+        the first block, and what comes out of each."""
+        stream = [self.embed(tokens) + self.sensor(index // patches)]
         rotation = rotary(index % patches, self.head_width)
         for block in self.blocks:
-            x = block(x, rotation)
-        return self.norm(x)
+            stream.append(block(stream[-1], rotation))
+        return stream
+
+    def encode(self, tokens, index, patches):
+        """Visible tokens (B, K, 3P) at index (B, K) -> latents (B, K, D)."""
+        return self.norm(self.streams(tokens, index, patches)[-1])
 
     def decode(self, latents, keep, masked, patches):
         """Latents (B, K, D) of the tokens `keep` -> predicted patches (B, M, 3P) at `masked`."""
@@ -178,14 +183,16 @@ class MAE(nn.Module):
         return unpatchify(tokens.view(truth.shape), self.patch)
 
     def features(self, x, sensors=None):
-        """Windows (B, C, T), of any length T -> latents (B, S, G, D) of all patches, none masked.
+        """Windows (B, C, T), of any length T -> (B, S, G, 2D) of all patches, none masked: what goes
+        into the last block beside the latents, which alone are made for reconstruction.
 
         sensors: the indices of the sensors of x in the model's sensor embedding; default: all."""
         tokens = patchify(x, self.patch)
         B, S, G, _ = tokens.shape
         indices = torch.tensor(range(self.sensors) if sensors is None else sensors, device=x.device)
         index = (indices[:, None] * G + torch.arange(G, device=x.device)).flatten().expand(B, -1)
-        return self.encode(tokens.flatten(1, 2), index, G).view(B, S, G, -1)
+        before, last = self.streams(tokens.flatten(1, 2), index, G)[-2:]
+        return torch.cat([before, self.norm(last)], dim=-1).view(B, S, G, -1)
 
 def baseline_loss(model, x, keep, masked):
     """The loss (B,) that a model must beat: each channel is predicted by the mean of its visible

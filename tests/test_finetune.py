@@ -150,8 +150,8 @@ def test_a_split_by_window_shows_the_leak_that_a_split_by_user_hides(home, comma
 def test_features_are_mean_and_deviation_over_all_patches(home):
     model, _ = load_run(home / "runs/a")
     x = torch.randn(3, 6, 200)
-    latents, pooled = model.features(x).detach(), in_batches(Encoder(model), x)
-    by_hand = torch.cat([latents.mean(2), latents.std(2, correction=0)], 1).flatten(1)
+    patches, pooled = model.features(x).detach(), in_batches(Encoder(model), x)
+    by_hand = torch.cat([patches.mean(2), patches.std(2, correction=0)], 1).flatten(1)
     torch.testing.assert_close(pooled, by_hand, atol=1e-3, rtol=1e-3)
     for at in (2, 90, 198):                            # every sample matters: no patch is hidden
         x[:, :, at] += 1
@@ -239,7 +239,7 @@ def test_an_exported_encoder_is_small_has_the_same_features_and_says_whom_it_saw
     x = np.float32(np.random.default_rng(0).standard_normal((5, 6, 200))) / data.SCALE
     features, original = (in_batches(Encoder(load_run(run)[0]), x) for run in (
         folder, home / "runs/large"))
-    assert features.shape == (5, 256) and torch.equal(features, original)
+    assert features.shape == (5, 512) and torch.equal(features, original)
     assert "pre-trained on 10 of 10" in command("results/encoder", "--data", "red")[2]
     assert "holds a whole run" in command("runs/a", "--export", "runs/by-pool")[2]
 

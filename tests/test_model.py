@@ -106,9 +106,9 @@ def test_flops_and_parameters_by_formula_equal_the_count(width, depth, heads, pa
 
 def test_features_take_windows_of_another_length_and_one_sensor_alone():
     model, x = MAE(16, 1, 2), torch.randn(4, 6, 51)
-    assert model.features(x).shape == (4, 2, 10, 16)
+    assert model.features(x).shape == (4, 2, 10, 32)
     gyroscope = model.features(x[:, 3:], sensors=[1])
-    assert gyroscope.shape == (4, 1, 10, 16)
+    assert gyroscope.shape == (4, 1, 10, 32)
     torch.testing.assert_close(gyroscope[:, 0], model.features(x)[:, 1])   # identity blocks: no mixing
 
 def test_heads_that_do_not_divide_the_width_are_refused():
