@@ -24,17 +24,16 @@ def prepare(raw, name):
     units = {"acc_unit": "g", "gyro_unit": "rad/s"}
     data.prepare(name, {"source": "folder", **units, "limit_users": None}, raw)
 
-def record(raw, users, labels=CLASSES, seconds=60):
-    """The set RAW: each user does each activity for a minute, in a style of their own."""
+def record(raw, users, labels=CLASSES):
+    """The set RAW: each user does each activity for half a minute, in a style of their own."""
     Path(raw).mkdir()
-    rng, samples = np.random.default_rng(0), 20 * seconds
+    rng, label = np.random.default_rng(0), np.repeat(labels, 600)
+    hertz = np.select([label == "fast", label == "slow"], [3, 1])[:, None]
     for user in users:
-        hertz = [{"fast": 3, "slow": 1}.get(label, 0) for label in labels]
-        hertz = np.repeat(hertz, samples)[:, None]
         style = rng.uniform(0.2, 0.4, 6) * (hertz > 0)
-        signal = style * np.sin(2 * np.pi * hertz.cumsum(0) / 20 + rng.uniform(0, 6, 6))
-        signal += 0.05 * rng.standard_normal(signal.shape)
-        np.savez(Path(raw) / user, signal=signal, rate=20.0, label=np.repeat(labels, samples))
+        x = style * np.sin(2 * np.pi * hertz.cumsum(0) / 20 + rng.uniform(0, 6, 6))
+        x += 0.05 * rng.standard_normal(x.shape)
+        np.savez(Path(raw) / user, signal=x, rate=20.0, label=label)
     prepare(raw, raw)
 
 def make_run(name, trained_on=(("else", "where"),), seed=0, **shape):
@@ -55,6 +54,7 @@ def world(tmp_path_factory):
     """Every test runs in a folder with these sets in data/, and the run runs/a."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("world"))
+        torch.set_num_threads(1)                       # such small models gain nothing from more
         for raw, users in {"shakes": TEN, "red": RED, "blue": BLUE, "pool": RED + BLUE}.items():
             record(raw, users)
         prepare("shakes", "again")
@@ -85,13 +85,13 @@ def persons(name, users=None):
 # ---------------------------------------------------------------- who is tested
 @pytest.mark.parametrize("trained_by, tested_by", [
     ("pool", ["pool", "red", "red+blue", "shakes"]), ("red", ["red", "pool", "blue"]),
-    ("red+blue", ["pool", "blue"]), ("shakes", ["shakes", "again"])])
+    ("red+blue", ["pool", "blue"]), ("shakes", ["again"])])
 def test_nobody_is_tested_who_was_trained_on(command, monkeypatch, trained_by, tested_by):
     """Whatever a set is called: a pool and its parts, pooled sets, one set under two names."""
     run = f"by-{trained_by}"
     if trained_by == "pool":                           # as pretrain.py records it
         words = "pretrain.py --data pool --users 4 --width 16 --depth 1 --heads 2 --patch 20"
-        monkeypatch.setattr(sys, "argv", [*words.split(), "--steps", "2", "--out", f"runs/{run}"])
+        monkeypatch.setattr(sys, "argv", [*words.split(), "--steps", "2", "--threads", "1", "--out", f"runs/{run}"])
         monkeypatch.setattr(signal, "signal", lambda *handler: None)     # Ctrl-C stays pytest's
         pretrain.main()
     else:
@@ -200,7 +200,7 @@ def test_a_result_has_its_files_and_keys_and_is_compared_by_paired_folds(command
     probe, other = (result(f"shakes-{mode}-acc-u4") for mode in ("probe", "random"))
     assert Path("runs/a/finetune/shakes-probe-acc-u4.png").exists()
     assert probe["classes"] == CLASSES and len(probe["per_class_f1"]) == 3
-    assert probe["n_test"] == np.sum(probe["confusion"]) == 180 and probe["n_train"] == 4 * 18
+    assert probe["n_test"] == np.sum(probe["confusion"]) == 90 and probe["n_train"] == 4 * 9
     f1 = np.array([fold["macro_f1"] for fold in probe["folds"]])
     assert probe["macro_f1"] == pytest.approx(f1.mean()) and 0 <= probe["accuracy"] <= 1
     assert probe["macro_f1_sd"] == pytest.approx(f1.std(ddof=1)) and probe["accuracy_sd"] >= 0
