@@ -1,8 +1,5 @@
 """Pre-training: batches, averaged weights, when a run ends, what its loss is, what is refused."""
-import gc
-import json
-import signal
-import sys
+import gc, json, signal, sys
 from pathlib import Path
 
 import numpy as np
@@ -57,8 +54,7 @@ def test_a_batch_depends_on_the_seed_and_its_step_alone():
 
 def test_muon_equals_the_library():
     torch.manual_seed(0)
-    shapes = [(32, 64), (64, 32), (32, 32), (32, 32)]
-    start = [torch.randn(shape) for shape in shapes]
+    start = [torch.randn(shape) for shape in ((32, 64), (64, 32), (32, 32), (32, 32))]
     ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
     optimizers = [pretrain.Muon(ours, dict(lr=0.02, weight_decay=0.1)),
                   torch.optim.Muon(theirs, 0.02, 0.1)]
@@ -149,7 +145,7 @@ def test_a_flag_that_an_old_run_does_not_name_had_its_default(run):
     del config["flags"]["rotate"]
     data.write_json(Path("runs/old/config.json"), config)
     assert run("runs/old", *cell)[0] == 0
-    config["flags"]["mlp"] = "swiglu"
+    config["flags"]["mlp"] = "swiglu"                  # but a flag of the old code counts
     data.write_json(Path("runs/old/config.json"), config)
     status, error = run("runs/old", *cell)
     assert status == 2 and "mlp swiglu -> None" in error
