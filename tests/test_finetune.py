@@ -51,9 +51,10 @@ def world(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("world"))
         torch.set_num_threads(1)                       # such small models gain nothing from more
-        patch.setattr(finetune, "PENALTIES", [3e-2, 3e-3])       # the smaller ones take long
+        patch.setattr(finetune, "PENALTIES", [3e-2, 1e-2])       # the smaller ones take long
         for raw, users in {"shakes": TEN, "red": RED, "blue": BLUE, "pool": RED + BLUE}.items():
             record(raw, users)
+        record("unlabelled", TEN[:2], labels=["", ""])
         prepare("shakes", "again")
         shutil.copytree("data/shakes", "data/official")
         meta = json.loads(Path("data/shakes/meta.json").read_text())
@@ -247,7 +248,6 @@ def test_an_exported_encoder_is_small_has_the_same_features_and_says_whom_it_saw
 
 def test_what_cannot_be_used_is_refused_in_a_sentence(command):
     make_run("acc", sensors=1)
-    record("unlabelled", TEN[:2], labels=["", ""])
     for flags, words in {"acc --data shakes --sensors gyro": "--sensors acc",
                          "acc --data shakes": "--sensors acc",
                          "a --data unlabelled": "no labels",
