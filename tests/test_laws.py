@@ -35,9 +35,8 @@ def run(monkeypatch, capsys):
         return end.value.code or 0, *capsys.readouterr()
     return call
 
-def law_and_verdicts(folder):
-    found = json.loads((folder / "laws.json").read_text())
-    return found["laws"][0], found["verdicts"]
+def read(path):
+    return json.loads(path.read_text())
 
 def write_table(path, table):
     with open(path, "w", newline="") as file:
@@ -150,7 +149,7 @@ def test_the_published_chinchilla_fit(run, tmp_path):
     status, _, error = run(CHINCHILLA, "--x", "params", "tokens", "--holdout", "tokens",
                            "--bootstrap", 150, "--out", tmp_path)
     assert status == 0, error
-    first, _ = law_and_verdicts(tmp_path)
+    first = read(tmp_path / "laws.json")["laws"][0]
     assert first["objective"] <= .00101827 * (1 + 1e-5)
     assert first["E"] == pytest.approx(1.8172, abs=.002)
     np.testing.assert_allclose(first["alpha"], [.3473, .3672], atol=.005)
@@ -210,18 +209,16 @@ def test_a_grid_becomes_tables_laws_figures_and_advice(run, tmp_path):
     table = grid(rng)
     table = take(table, (table["users"] > 3) & (table["cap"] > HOURS[1]))
     assert run(write_runs(tmp_path / "runs", table), "--out", out)[0] == 0
-    first, verdicts = law_and_verdicts(out)
-    assert first["x"] == ["users", "hours_per_user", "params_encoder"] and "delta" in first
-    laws = json.loads((out / "laws.json").read_text())["laws"]
-    assert {one["name"][:2] for one in laws[:6]} == {"M0", "M1", "M2", "MA", "MC"}
+    laws, verdicts = read(out / "laws.json")["laws"], read(out / "laws.json")["verdicts"]
+    assert laws[0]["x"] == ["users", "hours_per_user", "params_encoder"] and "delta" in laws[0]
+    assert {law["name"][:2] for law in laws[:6]} == {"M0", "M1", "M2", "MA", "MC"}
     assert verdicts["users_minus_hours_exponent"]["decision"] == "holds"
     assert verdicts["downstream_ucihar"]["value"] == pytest.approx(1)
     points = verdicts["compute_frontier"]["points"]
     assert np.all(np.diff(points["loss"]) <= 0) and len(points["flops"]) == 60
     assert {"users_vs_hours.png", "frontier.png", "fit.png"} <= set(os.listdir(out))
 
-    plan = ["--recommend", "--users", 30, "--hours-per-user", 2]
-    _, advice, _ = run(out / "laws.json", *plan)
+    _, advice, _ = run(out / "laws.json", "--recommend", "--users", 30, "--hours-per-user", 2)
     assert "from a new user than from the same users: holds" in advice
     assert "hours_per_user 2 is extrapolated" in advice
     loss = float(advice.split("expected loss: ")[1].split(",")[0])
@@ -231,11 +228,11 @@ def test_a_grid_becomes_tables_laws_figures_and_advice(run, tmp_path):
     measured = cells.pop("loss")
     planned = write_table(tmp_path / "planned.csv", {"name": np.arange(25), **cells})
     assert run(out / "laws.json", "--predict", planned)[0] == 0
-    predictions = json.loads((out / "prediction.json").read_text())["cells"]
-    low, high = np.transpose([cell["single_run"] for cell in predictions])
+    predicted = read(out / "prediction.json")["cells"]
+    low, high = np.transpose([cell["single_run"] for cell in predicted])
     done = write_table(tmp_path / "done.csv", {**cells, "loss": measured})
     assert run(out / "laws.json", "--predict", done)[0] == 0
-    outcome = json.loads((out / "outcome.json").read_text())
+    outcome = read(out / "outcome.json")
     assert outcome["inside"] == np.mean((low <= measured) & (measured <= high)) > .8
     assert outcome["median_relative_error"] < .05
 
@@ -246,20 +243,22 @@ def test_a_factor_that_does_not_vary_is_left_out_and_a_committed_table_gives_the
     status, printed, _ = run(write_runs(tmp_path / "runs", table), "--out", tmp_path / "out")
     assert status == 0 and "hours_per_user is left out" in printed
     assert run(tmp_path / "out" / "results.csv", "--out", tmp_path / "again")[0] == 0
-    (first, verdicts), again = map(law_and_verdicts, (tmp_path / "out", tmp_path / "again"))
-    assert (first, verdicts) == again
-    assert first["x"] == ["users"] and "ci95_people" in first and "delta" not in first
+    first, again = (read(tmp_path / name / "laws.json") for name in ("out", "again"))
+    assert first["laws"] == again["laws"] and first["verdicts"] == again["verdicts"]
+    law = first["laws"][0]
+    assert law["x"] == ["users"] and "ci95_people" in law and "delta" not in law
 
 def test_one_seed_gives_no_interval_and_says_so(run, tmp_path):
     table = grid(np.random.default_rng(0), 1, 0, delta=None)
     table = take(table, table["cap"] == HOURS[0])
     _, printed, _ = run(write_runs(tmp_path / "runs", table), "--out", tmp_path / "out")
-    assert "it takes 3 seeds" in printed and law_and_verdicts(tmp_path / "out")[0]["ci95"] is None
+    assert "it takes 3 seeds" in printed
+    assert read(tmp_path / "out" / "laws.json")["laws"][0]["ci95"] is None
 
 def test_cells_that_cannot_be_used_are_named_and_left_out(tmp_path, capsys):
     runs = write_runs(tmp_path / "runs", grid(np.random.default_rng(0), 2, 0, delta=None))
     first, second = (runs / f"u12-h0.0139-64x3x4-s{seed}" for seed in (0, 1))
-    result = json.loads((first / "result.json").read_text())
+    result = read(first / "result.json")
 
     def used(converged_only=False, cell=first, **changes):
         """How many cells a law would be fitted to, if these things were in the result of one."""

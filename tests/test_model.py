@@ -7,6 +7,7 @@ from model import (MAE, Attention, Block, baseline_loss, draw_masks, forward_flo
                    patchify, rotary, unpatchify)
 
 torch.manual_seed(0)
+torch.set_num_threads(1)                                         # threads that wait cost time, too
 
 def mixing(model):
     """The same model with random weights: blocks start as the identity, which mixes nothing."""
