@@ -4,6 +4,7 @@ movement, 20 times a second, in g and rad/s. Then what must never happen: window
 sensors out of step, half-made sets, archives that harm, people who are counted twice.
 """
 import http.server, json, os, shutil, subprocess, sys, threading, time, zipfile
+os.environ["OMP_NUM_THREADS"] = "1"                    # before numpy: waiting threads cost time
 from pathlib import Path
 
 import numpy as np

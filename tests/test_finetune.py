@@ -1,5 +1,6 @@
 """Downstream: who is tested, what is fitted, what a score means, what is refused."""
 import json, os, shutil, signal, subprocess, sys
+os.environ["OMP_NUM_THREADS"] = "1"                    # before numpy: waiting threads cost time
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,6 @@ def world(tmp_path_factory):
     """Every test runs in a folder with these sets in data/, and the run runs/a."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("world"))
-        torch.set_num_threads(1)                       # such small models gain nothing from more
         patch.setattr(finetune, "PENALTIES", [3e-2, 1e-2])       # the smaller ones take long
         for raw, users in {"shakes": TEN, "red": RED, "blue": BLUE, "pool": RED + BLUE}.items():
             record(raw, users)
@@ -221,8 +221,7 @@ def test_a_network_keeps_the_epoch_that_is_best_for_validation_users(command, mo
 def test_a_result_is_left_alone_until_the_weights_change_and_two_at_once_do_no_harm(command):
     make_run("b")
     words = [sys.executable, finetune.__file__, "runs/b", "--data", "red"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    two = [subprocess.Popen(words, env=environment) for _ in range(2)]
+    two = [subprocess.Popen(words) for _ in range(2)]
     assert [process.wait() for process in two] == [0, 0]
     folder = Path("runs/b/finetune")
     assert sorted(p.name for p in folder.iterdir()) == ["red-probe.json", "red-probe.png"]

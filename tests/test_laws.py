@@ -3,6 +3,7 @@
 `python -m pytest -m slow tests/test_laws.py` makes results/coverage.md again (half an hour).
 """
 import csv, json, math, os, subprocess, sys
+os.environ["OMP_NUM_THREADS"] = "1"                    # before numpy: waiting threads cost time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -92,11 +93,6 @@ def write_runs(out, table):
         data.write_json(cell / "finetune" / "ucihar-probe.json", scores)
     return out
 
-def verdicts_on(table):
-    """The verdicts of a grid, as main has them."""
-    a = SimpleNamespace(y="loss", bootstrap=1, holdout=None, target="grid", no_floor=False)
-    return verdicts_of(analyse(table, TERMS, a))
-
 def apart(table):
     """The interval of users against hours, by log-slopes."""
     return estimate(lambda rows: slopes_apart(rows, "loss"), resampled(table, "loss"))["ci95"]
@@ -110,7 +106,7 @@ def test_the_gradient_is_the_slope_of_the_objective(shape):
     slopes = [(value(theta + step)[0] - value(theta - step)[0]) / 2e-6 for step in 1e-6 * np.eye(7)]
     np.testing.assert_allclose(value(theta)[1], slopes, rtol=1e-5)
 
-@pytest.mark.parametrize("unit", [1e-9, 1., 1e9])
+@pytest.mark.parametrize("unit", [1e-9, 1e9])
 def test_a_planted_law_is_found_in_any_units(unit):
     table = planted(np.random.default_rng(2), noise=.001)
     table["loss"] *= unit
@@ -139,10 +135,10 @@ def test_no_search_finds_a_lower_objective():
 def test_fits_to_resampled_tables_end_at_their_minimum():
     table, ends = grid(np.random.default_rng(5), 1, .02, delta=None), []
     whole, rng = fit(table, DATA, "loss"), np.random.default_rng(0)
-    for _ in range(20):
+    for _ in range(12):
         drawn = take(table, rng.integers(25, size=25))
         ends.append(fit(drawn, DATA, "loss", whole).objective / fit(drawn, DATA, "loss").objective)
-    assert np.mean(np.array(ends) < 1.001) >= .95
+    assert sum(end < 1.001 for end in ends) >= 11
 
 @pytest.mark.skipif(not CHINCHILLA.is_file(), reason="no ../shared/tables on this machine")
 def test_the_published_chinchilla_fit(run, tmp_path):
@@ -177,42 +173,42 @@ def test_the_interval_of_a_correlation_stays_below_one():
 
 def test_users_and_hours_that_are_worth_the_same_are_seldom_told_apart_and_others_are():
     rng, claims = np.random.default_rng(0), {.2: [], .3: []}
-    for a, b in [(.2, .2), (.3, .15)] * 60:
+    for a, b in [(.2, .2), (.3, .15)] * 40:
         table = grid(rng, 5, .02, a, b)
         low, high = apart(table)
         claims[a].append(low > 0 or high < 0)
     assert np.mean(claims[.2]) <= .12 and np.mean(claims[.3]) >= .9
 
 # ---------------------------------------------------------------- verdicts
-def test_verdicts_say_what_was_planted():
-    verdicts = verdicts_on(grid(np.random.default_rng(1), 5, .01))
-    decided = {name: verdict["decision"] for name, verdict in verdicts.items()}
-    assert decided.pop("power_law_of_params_encoder") != "doesn't hold"
-    assert set(decided.values()) == {"holds"} and len(decided) == 6, decided
-    low, high = verdicts["exponent_ratio"]["ci95"]
-    assert low < 2 < high
-
 def test_no_difference_is_not_claimed():
-    equal = verdicts_on(grid(np.random.default_rng(4), 3, .02, .2, .2, delta=None))
-    assert equal["users_minus_hours_exponent"]["decision"] == "can't tell here"
-    assert equal["exponent_ratio"]["decision"] == "can't tell here"
+    table = grid(np.random.default_rng(4), 3, .02, .2, .2, delta=None)
+    tables = resampled(table, "loss")
+    laws = {kind: [fit(rows, DATA, "loss") for rows in some] for kind, some in tables.items()}
+    study = fit_laws.Study(table, "loss", laws["whole"][0], {}, tables, laws)
+    verdicts = fit_laws.users_or_hours(study).values()
+    assert {verdict["decision"] for verdict in verdicts} == {"can't tell here"}
 
 def test_a_logarithm_is_not_called_a_power_law():
     table = grid(np.random.default_rng(0), 3, 0, delta=None, noise=.002)
     table["loss"] = .3 + (table["loss"] - true_loss(
         table["users"], table["hours_per_user"], 1, .3, .15, None)) - .04 * np.log(table["users"])
-    assert verdicts_on(table)["power_law_of_users"]["decision"] != "holds"
+    a = SimpleNamespace(y="loss", bootstrap=1, holdout=None, target="grid", no_floor=False)
+    verdicts = verdicts_of(analyse(table, TERMS, a))
+    assert verdicts["power_law_of_users"]["decision"] != "holds"
 
 # ---------------------------------------------------------------- grids
 def test_a_grid_becomes_tables_laws_figures_and_advice(run, tmp_path):
-    rng, out = np.random.default_rng(0), tmp_path / "out"
-    table = grid(rng)
-    table = take(table, (table["users"] > 3) & (table["cap"] > HOURS[1]))
-    assert run(write_runs(tmp_path / "runs", table), "--out", out)[0] == 0
+    rng, out = np.random.default_rng(1), tmp_path / "out"
+    assert run(write_runs(tmp_path / "runs", grid(rng, 5, .01)), "--out", out)[0] == 0
     laws, verdicts = read(out / "laws.json")["laws"], read(out / "laws.json")["verdicts"]
     assert laws[0]["x"] == ["users", "hours_per_user", "params_encoder"] and "delta" in laws[0]
     assert {law["name"][:2] for law in laws[:6]} == {"M0", "M1", "M2", "MA", "MC"}
-    assert verdicts["users_minus_hours_exponent"]["decision"] == "holds"
+    for planted in ("power_law_of_users", "power_law_of_hours_per_user", "exponent_ratio",
+                    "users_minus_hours_exponent", "twice_users_or_hours", "capacity_interaction"):
+        assert verdicts[planted]["decision"] == "holds", planted
+    assert verdicts["power_law_of_params_encoder"]["decision"] != "doesn't hold"
+    low, high = verdicts["exponent_ratio"]["ci95"]
+    assert low < 2 < high
     assert verdicts["downstream_ucihar"]["value"] == pytest.approx(1)
     points = verdicts["compute_frontier"]["points"]
     assert np.all(np.diff(points["loss"]) <= 0) and len(points["flops"]) == 60
@@ -224,7 +220,7 @@ def test_a_grid_becomes_tables_laws_figures_and_advice(run, tmp_path):
     loss = float(advice.split("expected loss: ")[1].split(",")[0])
     assert loss == pytest.approx(true_loss(30, 2, 790000, .3, .15), rel=.15)
 
-    cells = take(grid(rng, 1), slice(25))
+    cells = take(grid(rng, 1, .01), slice(25))
     measured = cells.pop("loss")
     planned = write_table(tmp_path / "planned.csv", {"name": np.arange(25), **cells})
     assert run(out / "laws.json", "--predict", planned)[0] == 0

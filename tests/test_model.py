@@ -1,4 +1,7 @@
 """The model against known answers: the library's attention and layers, counts by hand, no leak."""
+import os
+os.environ["OMP_NUM_THREADS"] = "1"                    # before numpy: waiting threads cost time
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -7,7 +10,6 @@ from model import (MAE, Attention, Block, baseline_loss, draw_masks, forward_flo
                    patchify, rotary, unpatchify)
 
 torch.manual_seed(0)
-torch.set_num_threads(1)                                         # threads that wait cost time, too
 
 def mixing(model):
     """The same model with random weights: blocks start as the identity, which mixes nothing."""
