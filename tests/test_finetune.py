@@ -51,7 +51,7 @@ def world(tmp_path_factory):
     """Every test runs in a folder with these sets in data/, and the run runs/a."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("world"))
-        patch.setattr(finetune, "PENALTIES", [3e-2, 1e-2])       # the smaller ones take long
+        patch.setattr(finetune, "PENALTIES", [3e-2, 3e-3])       # the smaller ones take long
         for raw, users in {"shakes": TEN, "red": RED, "blue": BLUE, "pool": RED + BLUE}.items():
             record(raw, users)
         record("unlabelled", TEN[:2], labels=["", ""])

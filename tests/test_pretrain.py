@@ -151,7 +151,7 @@ def test_a_flag_that_an_old_run_does_not_name_had_its_default(run):
     assert status == 2 and "mlp swiglu -> None" in error
 
 def test_a_run_ends_by_itself(run):
-    assert run("runs/ends", "--users", 2, "--hours-per-user", 0.01, "--lr", 0.5)[0] == 0
+    assert run("runs/ends", "--users", 2, "--hours-per-user", 0.01, "--lr", 0.1)[0] == 0
     result = read("runs/ends/result.json")
     assert result["converged"] and result["best_step"] <= 0.7 * result["steps"] < 10_000
 
