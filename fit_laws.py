@@ -12,6 +12,8 @@ Users and hours per user are two ways to get data, so they share a term. Data an
 coupled: with delta below 1 the scarcer of the two limits (Kaplan et al. 2020, arXiv 2001.08361).
 The fit is approach 3 of Hoffmann et al. 2022 (2203.15556). results/coverage.md tests all of this.
 """
+import os
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")     # before numpy: small matrices, idle threads
 import argparse, csv, json, math
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
@@ -375,7 +377,7 @@ def frontier_law(table):
 
 def compute_frontier(study):
     points, law = frontier(study.table), frontier_law(study.table)
-    size = np.polyfit(np.log(points["flops"]), np.log(points["params_encoder"]), 1)[0]
+    size = regress(np.log(points["params_encoder"]), [np.log(points["flops"])], np.zeros(60))[0]
     return {**law.numbers(), "size_exponent": size, "points": points, **verdict(
         "the lowest loss is a power law in compute", f"Size grows as flops^{size:.2f}; exponent",
         lambda table: frontier_law(table).alpha("flops"), resampled(study.table, ""), "positive")}

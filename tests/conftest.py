@@ -1,11 +1,10 @@
 """Tests marked `slow` take minutes and run only by name: python -m pytest -m slow"""
-import signal
-import sys
+import signal, sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent))            # so that `pytest` alone finds the modules, too
+sys.path.insert(0, str(Path(__file__).parent.parent))            # so that `pytest` finds them alone
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; run by hand with -m slow")
@@ -15,5 +14,5 @@ def pytest_collection_modifyitems(config, items):
         if "slow" in item.keywords and "slow" not in config.getoption("-m"):
             item.add_marker(pytest.mark.skip(reason="takes minutes: python -m pytest -m slow"))
 
-# A shell that starts the tests in the background has them ignore Ctrl-C, and so would every program that they start.
+# A shell that starts the tests in the background has them, and all they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -7,7 +7,7 @@ How fast a model learns, and what makes its step fast.
 
 All times are CPU times of one thread. quality: the pool, all training users, models of 64x3x4; how
 much of the loss of held-out people is explained (1 - loss / baseline), and the time of data, masks
-and updates up to there. ours-0.5s has the peers' patches. A curve that exists already is left alone.
+and updates up to there. ours-0.5s has the peers' patches. A curve that exists is left alone.
 """
 import os
 os.environ["OMP_NUM_THREADS"] = "1"

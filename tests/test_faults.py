@@ -3,18 +3,13 @@
 A run of pretrain.py is stopped and damaged for real. sweep.sh is tried with stand-ins for the four
 scripts, which count steps instead of learning; with the real ones by `python -m pytest -m slow`.
 """
-import json
-import os
-import random
-import shutil
-import signal
-import subprocess
-import sys
-import time
+import json, os, random, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
 import torch
+
+from pretrain import load_checkpoint
 
 CODE, PYTHON = Path(__file__).parent.parent, sys.executable
 ENVIRONMENT = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
@@ -83,17 +78,18 @@ def test_a_run_cut_off_at_any_moment_resumes_bit_identically(runs):
     assert not list((runs / "cut").glob(".*.tmp*")), "nothing half-written is left"
 
 def test_of_a_damaged_checkpoint_the_one_before_is_used(home, runs):
-    state, before = (torch.load(runs / "middle" / name, weights_only=True)
-                     for name in ("checkpoint.pt", "checkpoint.prev.pt"))
-    whole = (runs / "middle/checkpoint.pt").read_bytes()
+    checkpoint = runs / "middle/checkpoint.pt"
+    state, whole = torch.load(checkpoint, weights_only=True), checkpoint.read_bytes()
+    before = torch.load(runs / "middle/checkpoint.prev.pt", weights_only=True)["step"]
     weights = max(state["average"].values(), key=torch.Tensor.numel)
     (flipped := bytearray(whole))[whole.index(weights.numpy().tobytes())] ^= 1
-    for name, content in (("one bit", flipped), ("cut short", whole[:5000])):
-        shutil.copytree(runs / "middle", runs / name)
-        (runs / name / "checkpoint.pt").write_bytes(content)
-        status, output = finish(pretrain(home, name))
-        assert status == 0 and f"resumes at step {before['step']}\n" in output
-        assert outcome(runs / name) == outcome(runs / "whole")
+    for name, content in (("empty", b""), ("cut short", whole[:5000]), ("one bit", flipped)):
+        run = shutil.copytree(runs / "middle", runs / name)
+        (run / "checkpoint.pt").write_bytes(content)
+        assert load_checkpoint(run)["step"] == before < state["step"]
+    status, output = finish(pretrain(home, "one bit"))
+    assert status == 0 and f"resumes at step {before}\n" in output
+    assert outcome(runs / "one bit") == outcome(runs / "whole")
 
 @pytest.mark.parametrize("fault, advice", [("no number", "lower --lr"), ("full disk", "too large")])
 def test_a_run_that_cannot_go_on_says_so_and_keeps_its_checkpoint(home, runs, fault, advice):

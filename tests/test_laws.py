@@ -3,7 +3,9 @@
 `python -m pytest -m slow tests/test_laws.py` makes results/coverage.md again (half an hour).
 """
 import csv, json, math, os, subprocess, sys
+os.environ["OMP_NUM_THREADS"] = "1"                    # before numpy: waiting threads cost time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,10 +13,11 @@ import numpy as np
 import pytest
 from scipy.optimize import differential_evolution
 
+import data
 import fit_laws
 from data import UserError
-from fit_laws import (FACTORS, HUBER, TERMS, Shape, analyse, estimate, fit, objective, resampled,
-                      slopes_apart, take, verdicts_of)
+from fit_laws import (FACTORS, HUBER, TERMS, Fit, Shape, analyse, estimate, fit, objective,
+                      resampled, slopes_apart, take, verdicts_of)
 
 ROOT = Path(__file__).parent.parent
 CHINCHILLA = ROOT.parent / "shared" / "tables" / "chinchilla.csv"
@@ -23,9 +26,18 @@ COUPLED = Shape((("users", "hours_per_user"), ("params_encoder",)), coupled=True
 DATA = Shape((("users", "hours_per_user"),))
 HOURS = [.0139 * 2 ** i for i in range(5)]
 
-def run(*arguments, **options):
-    words = [sys.executable, str(ROOT / "fit_laws.py"), *map(str, arguments)]
-    return subprocess.run(words, capture_output=True, text=True, **options)
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """fit_laws.py as from the command line: (exit status, stdout, stderr)."""
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["fit_laws.py", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            data.command(fit_laws.main)
+        return end.value.code or 0, *capsys.readouterr()
+    return call
+
+def read(path):
+    return json.loads(path.read_text())
 
 def write_table(path, table):
     with open(path, "w", newline="") as file:
@@ -60,40 +72,26 @@ def grid(rng, seeds=3, shared=.02, a=.3, b=.15, delta=.4, noise=.01):
             "params_encoder": size * 1., "seed": seed,
             "loss": true_loss(users, hours, size, a, b, delta) * np.exp(log_error)}
 
-def write_runs(out, table, probe=True, people=4, **changes):
-    """Finished cells as pretrain.py and finetune.py leave them."""
+def write_runs(out, table):
+    """Finished cells as pretrain.py and finetune.py leave them, as far as they are read here."""
     names = {size: name for name, size in SIZES.items()}
-    for row in (dict(zip(table, values)) for values in zip(*table.values())):
-        name = names[row["params_encoder"]]
-        width, depth, heads = map(int, name.split("x"))
-        cell = out / f"u{row['users']:.0f}-h{row['hours_per_user']:.4g}-{name}-s{row['seed']}"
-        (cell / "finetune").mkdir(parents=True)
-        losses = row["loss"] * np.linspace(.7, 1.3, people)
-        config = {"data": "pool", "users": int(row["users"]), "hours_per_user": row["cap"],
-                  "width": width, "depth": depth, "heads": heads, "seed": int(row["seed"]),
-                  "steps": 20000, "mask_ratio": .75, "lr": None, "fingerprint": "abc"}
-        (cell / "result.json").write_text(json.dumps({
-            "loss": losses.mean(), "loss_last": row["loss"], "baseline_loss": .5, "data": "pool",
-            "unexplained": row["loss"], "users": int(row["users"]), "hours": row["hours"],
-            "hours_per_user": row["hours_per_user"], "hours_cap": row["cap"], "windows": 100,
-            "params": row["params_encoder"] + 9, "params_encoder": row["params_encoder"],
-            "width": width, "depth": depth, "heads": heads, "steps": 900, "best_step": 700,
-            "converged": True, "lr": .01, "seed": int(row["seed"]), "seconds": 9., "flops": 1e12,
-            "people": [{"source": "pool", "user": f"p{i}", "loss": loss, "baseline": .5}
-                       for i, loss in enumerate(losses)],
-            "config": config, **changes}))
-        curve = [{"step": step, "flops": step * row["params_encoder"] * 1e5, "seconds": 1.,
-                  "loss": losses.mean() * (1 + 30 / step)} for step in (30, 100, 300, 900)]
+    for values in zip(*table.values()):
+        row = {key: value.item() for key, value in zip(table, values)}
+        size = names[row["params_encoder"]]
+        cell = out / f"u{row['users']:.0f}-h{row['cap']:.4g}-{size}-s{row['seed']}"
+        people = [{"source": "pool", "user": f"p{i}", "loss": row["loss"] * share}
+                  for i, share in enumerate((.7, .9, 1.1, 1.3))]
+        config = {"users": row["users"], "hours_per_user": row["cap"], "width": size,
+                  "seed": row["seed"], "mask_ratio": .75, "lr": None, "fingerprint": "abc"}
+        data.write_json(cell / "result.json", {
+            **row, "unexplained": row["loss"], "hours_cap": row["cap"], "converged": True,
+            "people": people, "config": config})
+        curve = [{"step": step, "flops": step * row["params_encoder"] * 1e5,
+                  "loss": row["loss"] * (1 + 30 / step)} for step in (30, 100, 300, 900)]
         (cell / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in curve))
-        if probe:
-            scores = {"macro_f1": 1 - row["loss"], "accuracy": .9, "macro_f1_sd": .01}
-            (cell / "finetune" / "ucihar-probe.json").write_text(json.dumps(scores))
+        scores = {"macro_f1": 1 - row["loss"], "accuracy": .9, "macro_f1_sd": .01}
+        data.write_json(cell / "finetune" / "ucihar-probe.json", scores)
     return out
-
-def verdicts_on(table):
-    """The verdicts of a grid, as main has them."""
-    a = SimpleNamespace(y="loss", bootstrap=1, holdout=None, target="grid", no_floor=False)
-    return verdicts_of(analyse(table, TERMS, a))
 
 def apart(table):
     """The interval of users against hours, by log-slopes."""
@@ -108,7 +106,7 @@ def test_the_gradient_is_the_slope_of_the_objective(shape):
     slopes = [(value(theta + step)[0] - value(theta - step)[0]) / 2e-6 for step in 1e-6 * np.eye(7)]
     np.testing.assert_allclose(value(theta)[1], slopes, rtol=1e-5)
 
-@pytest.mark.parametrize("unit", [1e-9, 1., 1e9])
+@pytest.mark.parametrize("unit", [1e-9, 1e9])
 def test_a_planted_law_is_found_in_any_units(unit):
     table = planted(np.random.default_rng(2), noise=.001)
     table["loss"] *= unit
@@ -137,17 +135,17 @@ def test_no_search_finds_a_lower_objective():
 def test_fits_to_resampled_tables_end_at_their_minimum():
     table, ends = grid(np.random.default_rng(5), 1, .02, delta=None), []
     whole, rng = fit(table, DATA, "loss"), np.random.default_rng(0)
-    for _ in range(20):
+    for _ in range(12):
         drawn = take(table, rng.integers(25, size=25))
         ends.append(fit(drawn, DATA, "loss", whole).objective / fit(drawn, DATA, "loss").objective)
-    assert np.mean(np.array(ends) < 1.001) >= .95
+    assert sum(end < 1.001 for end in ends) >= 11
 
 @pytest.mark.skipif(not CHINCHILLA.is_file(), reason="no ../shared/tables on this machine")
-def test_the_published_chinchilla_fit(tmp_path):
-    done = run(CHINCHILLA, "--x", "params", "tokens", "--holdout", "tokens", "--bootstrap", 150,
-               "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
-    first = json.loads((tmp_path / "laws.json").read_text())["laws"][0]
+def test_the_published_chinchilla_fit(run, tmp_path):
+    status, _, error = run(CHINCHILLA, "--x", "params", "tokens", "--holdout", "tokens",
+                           "--bootstrap", 150, "--out", tmp_path)
+    assert status == 0, error
+    first = read(tmp_path / "laws.json")["laws"][0]
     assert first["objective"] <= .00101827 * (1 + 1e-5)
     assert first["E"] == pytest.approx(1.8172, abs=.002)
     np.testing.assert_allclose(first["alpha"], [.3473, .3672], atol=.005)
@@ -175,90 +173,88 @@ def test_the_interval_of_a_correlation_stays_below_one():
 
 def test_users_and_hours_that_are_worth_the_same_are_seldom_told_apart_and_others_are():
     rng, claims = np.random.default_rng(0), {.2: [], .3: []}
-    for a, b in [(.2, .2), (.3, .15)] * 60:
+    for a, b in [(.2, .2), (.3, .15)] * 40:
         table = grid(rng, 5, .02, a, b)
         low, high = apart(table)
         claims[a].append(low > 0 or high < 0)
     assert np.mean(claims[.2]) <= .12 and np.mean(claims[.3]) >= .9
 
 # ---------------------------------------------------------------- verdicts
-def test_verdicts_say_what_was_planted():
-    verdicts = verdicts_on(grid(np.random.default_rng(1), 5, .01))
-    decided = {name: verdict["decision"] for name, verdict in verdicts.items()}
-    assert decided.pop("power_law_of_params_encoder") != "doesn't hold"
-    assert set(decided.values()) == {"holds"} and len(decided) == 6, decided
-    low, high = verdicts["exponent_ratio"]["ci95"]
-    assert low < 2 < high
-
 def test_no_difference_is_not_claimed():
-    equal = verdicts_on(grid(np.random.default_rng(4), 3, .02, .2, .2, delta=None))
-    assert equal["users_minus_hours_exponent"]["decision"] == "can't tell here"
-    assert equal["exponent_ratio"]["decision"] == "can't tell here"
+    table = grid(np.random.default_rng(4), 3, .02, .2, .2, delta=None)
+    tables = resampled(table, "loss")
+    laws = {kind: [fit(rows, DATA, "loss") for rows in some] for kind, some in tables.items()}
+    study = fit_laws.Study(table, "loss", laws["whole"][0], {}, tables, laws)
+    verdicts = fit_laws.users_or_hours(study).values()
+    assert {verdict["decision"] for verdict in verdicts} == {"can't tell here"}
 
 def test_a_logarithm_is_not_called_a_power_law():
     table = grid(np.random.default_rng(0), 3, 0, delta=None, noise=.002)
     table["loss"] = .3 + (table["loss"] - true_loss(
         table["users"], table["hours_per_user"], 1, .3, .15, None)) - .04 * np.log(table["users"])
-    assert verdicts_on(table)["power_law_of_users"]["decision"] != "holds"
+    a = SimpleNamespace(y="loss", bootstrap=1, holdout=None, target="grid", no_floor=False)
+    verdicts = verdicts_of(analyse(table, TERMS, a))
+    assert verdicts["power_law_of_users"]["decision"] != "holds"
 
 # ---------------------------------------------------------------- grids
-def test_a_grid_becomes_tables_laws_figures_and_advice(tmp_path):
-    rng, out = np.random.default_rng(0), tmp_path / "out"
-    table = grid(rng)
-    table = take(table, (table["users"] > 3) & (table["cap"] > HOURS[1]))
-    done = run(write_runs(tmp_path / "runs", table), "--out", out)
-    assert done.returncode == 0, done.stderr
-    found = json.loads((out / "laws.json").read_text())
-    first, verdicts = found["laws"][0], found["verdicts"]
-    assert first["x"] == ["users", "hours_per_user", "params_encoder"] and "delta" in first
-    assert {one["name"][:2] for one in found["laws"][:6]} == {"M0", "M1", "M2", "MA", "MC"}
-    assert verdicts["users_minus_hours_exponent"]["decision"] == "holds"
+def test_a_grid_becomes_tables_laws_figures_and_advice(run, tmp_path):
+    rng, out = np.random.default_rng(1), tmp_path / "out"
+    assert run(write_runs(tmp_path / "runs", grid(rng, 5, .01)), "--out", out)[0] == 0
+    laws, verdicts = read(out / "laws.json")["laws"], read(out / "laws.json")["verdicts"]
+    assert laws[0]["x"] == ["users", "hours_per_user", "params_encoder"] and "delta" in laws[0]
+    assert {law["name"][:2] for law in laws[:6]} == {"M0", "M1", "M2", "MA", "MC"}
+    for planted in ("power_law_of_users", "power_law_of_hours_per_user", "exponent_ratio",
+                    "users_minus_hours_exponent", "twice_users_or_hours", "capacity_interaction"):
+        assert verdicts[planted]["decision"] == "holds", planted
+    assert verdicts["power_law_of_params_encoder"]["decision"] != "doesn't hold"
+    low, high = verdicts["exponent_ratio"]["ci95"]
+    assert low < 2 < high
     assert verdicts["downstream_ucihar"]["value"] == pytest.approx(1)
     points = verdicts["compute_frontier"]["points"]
     assert np.all(np.diff(points["loss"]) <= 0) and len(points["flops"]) == 60
     assert {"users_vs_hours.png", "frontier.png", "fit.png"} <= set(os.listdir(out))
 
-    advice = run(out / "laws.json", "--recommend", "--users", 30, "--hours-per-user", 2).stdout
+    _, advice, _ = run(out / "laws.json", "--recommend", "--users", 30, "--hours-per-user", 2)
     assert "from a new user than from the same users: holds" in advice
     assert "hours_per_user 2 is extrapolated" in advice
     loss = float(advice.split("expected loss: ")[1].split(",")[0])
     assert loss == pytest.approx(true_loss(30, 2, 790000, .3, .15), rel=.15)
 
-    cells = take(grid(rng, 1), slice(25))
+    cells = take(grid(rng, 1, .01), slice(25))
     measured = cells.pop("loss")
-    write_table(tmp_path / "cells.csv", {"name": np.arange(25), **cells})
-    assert run(out / "laws.json", "--predict", tmp_path / "cells.csv").returncode == 0
-    bands = [cell["single_run"] for cell in
-             json.loads((out / "prediction.json").read_text())["cells"]]
-    inside = np.mean([low <= loss <= high for loss, (low, high) in zip(measured, bands)])
-    write_table(tmp_path / "cells.csv", {"name": np.arange(25), **cells, "loss": measured})
-    run(out / "laws.json", "--predict", tmp_path / "cells.csv")
-    outcome = json.loads((out / "outcome.json").read_text())
-    assert outcome["inside"] == inside > .8 and outcome["median_relative_error"] < .05
+    planned = write_table(tmp_path / "planned.csv", {"name": np.arange(25), **cells})
+    assert run(out / "laws.json", "--predict", planned)[0] == 0
+    predicted = read(out / "prediction.json")["cells"]
+    low, high = np.transpose([cell["single_run"] for cell in predicted])
+    done = write_table(tmp_path / "done.csv", {**cells, "loss": measured})
+    assert run(out / "laws.json", "--predict", done)[0] == 0
+    outcome = read(out / "outcome.json")
+    assert outcome["inside"] == np.mean((low <= measured) & (measured <= high)) > .8
+    assert outcome["median_relative_error"] < .05
 
-def test_a_committed_table_gives_the_same_law_again(tmp_path):
-    table = take(grid(np.random.default_rng(0), delta=None), slice(0, None, 2))
-    done = run(write_runs(tmp_path / "runs", table), "--out", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    assert run(tmp_path / "out" / "results.csv", "--out", tmp_path / "again").returncode == 0
-    first, again = (json.loads((tmp_path / name / "laws.json").read_text())
-                    for name in ("out", "again"))
+def test_a_factor_that_does_not_vary_is_left_out_and_a_committed_table_gives_the_law_again(
+        run, tmp_path):
+    table = grid(np.random.default_rng(0), delta=None)
+    table = take(table, table["cap"] == HOURS[0])
+    status, printed, _ = run(write_runs(tmp_path / "runs", table), "--out", tmp_path / "out")
+    assert status == 0 and "hours_per_user is left out" in printed
+    assert run(tmp_path / "out" / "results.csv", "--out", tmp_path / "again")[0] == 0
+    first, again = (read(tmp_path / name / "laws.json") for name in ("out", "again"))
     assert first["laws"] == again["laws"] and first["verdicts"] == again["verdicts"]
-    assert "ci95_people" in first["laws"][0] and "delta" not in first["laws"][0]
+    law = first["laws"][0]
+    assert law["x"] == ["users"] and "ci95_people" in law and "delta" not in law
 
-def test_a_factor_that_does_not_vary_is_left_out_and_one_seed_gives_no_interval(tmp_path):
+def test_one_seed_gives_no_interval_and_says_so(run, tmp_path):
     table = grid(np.random.default_rng(0), 1, 0, delta=None)
     table = take(table, table["cap"] == HOURS[0])
-    done = run(write_runs(tmp_path / "runs", table, probe=False), "--out", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    assert "hours_per_user is left out" in done.stdout and "it takes 3 seeds" in done.stdout
-    first = json.loads((tmp_path / "out" / "laws.json").read_text())["laws"][0]
-    assert first["x"] == ["users"] and first["ci95"] is None
+    _, printed, _ = run(write_runs(tmp_path / "runs", table), "--out", tmp_path / "out")
+    assert "it takes 3 seeds" in printed
+    assert read(tmp_path / "out" / "laws.json")["laws"][0]["ci95"] is None
 
 def test_cells_that_cannot_be_used_are_named_and_left_out(tmp_path, capsys):
     runs = write_runs(tmp_path / "runs", grid(np.random.default_rng(0), 2, 0, delta=None))
     first, second = (runs / f"u12-h0.0139-64x3x4-s{seed}" for seed in (0, 1))
-    result = json.loads((first / "result.json").read_text())
+    result = read(first / "result.json")
 
     def used(converged_only=False, cell=first, **changes):
         """How many cells a law would be fitted to, if these things were in the result of one."""
@@ -285,38 +281,39 @@ def test_cells_that_cannot_be_used_are_named_and_left_out(tmp_path, capsys):
 # ---------------------------------------------------------------- bad input
 ROWS = [f"{2 ** i},{3 ** (i % 4)},{1 + 2 ** -i}" for i in range(9)]
 GOOD = "\n".join(["x,z,loss", *ROWS]) + "\n"
-BAD = {
-    "four rows": ("\n".join(["x,z,loss", *ROWS[:4]]), "4 rows"),
-    "two values": ("x,loss\n" + "1,3\n2,2\n" * 4, "too few values of x"),
-    "zero": (GOOD.replace("\n8,", "\n0,"), "line 5"),
-    "not finite": (GOOD.replace("\n8,", "\nnan,"), "line 5"),
-    "text": (GOOD.replace("\n8,", "\neight,"), "must be a number"),
-    "no such column": (GOOD.replace("x,", "y,", 1), "no column 'x'"),
-    "a column twice": (GOOD.replace("x,z", "x,x", 1), "twice"),
-    "ragged": (GOOD + "1,2\n", "line 11: the header has 3 fields"),
-    "only a header": ("x,z,loss\n", "no rows"),
-    "empty": ("", "no rows"),
-    "binary": ("\udcff\udcfe\x00", "CSV")}
+TABLE = "--x x --out out"
+REFUSED = {                              # what is wrong: (table, flags, words of the sentence)
+    "four rows": ("\n".join(["x,z,loss", *ROWS[:4]]), TABLE, "4 rows"),
+    "two values": ("x,loss\n" + "1,3\n2,2\n" * 4, TABLE, "too few values of x"),
+    "zero": (GOOD.replace("\n8,", "\n0,"), TABLE, "line 5"),
+    "not finite": (GOOD.replace("\n8,", "\nnan,"), TABLE, "line 5"),
+    "text": (GOOD.replace("\n8,", "\neight,"), TABLE, "must be a number"),
+    "no such column": (GOOD, "--x y --out out", "no column 'y'"),
+    "a column twice": (GOOD.replace("x,z", "x,x", 1), TABLE, "twice"),
+    "ragged": (GOOD + "1,2\n", TABLE, "line 11: the header has 3 fields"),
+    "only a header": ("x,z,loss\n", TABLE, "no rows"),
+    "empty": ("", TABLE, "no rows"),
+    "binary": ("\udcff\udcfe\x00", TABLE, "CSV"),
+    "a factor twice": (GOOD, "--x x x --out out", "one term only"),
+    "a factor in two terms": (GOOD, "--x x*z z --out out", "one term only"),
+    "no --out": (GOOD, "--x x", "--out"),
+    "minus one table": (GOOD, "--x x --out out --bootstrap -1", "--bootstrap"),
+    "no grid": (GOOD, "--out out", "no column"),
+    "half a plan": ('{"laws": [', "--recommend --users 3", "can't be read")}
 
-@pytest.mark.parametrize("why", BAD)
-def test_a_table_that_cannot_be_fitted_is_refused_in_a_sentence(why, tmp_path, monkeypatch):
-    text, words = BAD[why]
-    (tmp_path / "t.csv").write_bytes(text.encode(errors="surrogateescape"))
-    monkeypatch.setattr(sys, "argv", ["fit_laws.py", str(tmp_path / "t.csv"), "--x", "x",
-                                      "--out", str(tmp_path / "out")])
-    with pytest.raises(UserError, match=words):
-        fit_laws.main()
-    assert os.listdir(tmp_path) == ["t.csv"]
+@pytest.mark.parametrize("why", REFUSED)
+def test_a_refusal_is_one_line_and_exit_2_and_leaves_nothing(why, run, tmp_path, monkeypatch):
+    text, flags, words = REFUSED[why]
+    monkeypatch.chdir(tmp_path)
+    Path("t.csv").write_bytes(text.encode(errors="surrogateescape"))
+    status, printed, error = run("t.csv", *flags.split())
+    assert status == 2 and printed == "" and error.count("\n") == 1 and words in error, error
+    assert os.listdir() == ["t.csv"]
 
-@pytest.mark.parametrize("arguments", [
-    "nothing.csv --x x --out out", "t.csv --x x x --out out", "t.csv --x x*z z --out out",
-    "t.csv --x x", "t.csv --x x --out out --bootstrap -1", "empty --out out", "t.csv --out out",
-    "laws.json --recommend --users 3"])
-def test_a_refusal_is_one_line_and_exit_2_and_leaves_nothing(arguments, tmp_path):
-    (tmp_path / "t.csv").write_text(GOOD)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "laws.json").write_text('{"laws": [')
-    done = run(*arguments.split(), cwd=tmp_path)
+@pytest.mark.parametrize("arguments", ["nothing.csv --x x --out out", ". --out out"])
+def test_a_refusal_has_no_traceback(arguments, tmp_path):
+    words = [sys.executable, fit_laws.__file__, *arguments.split()]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
     assert not (tmp_path / "out").exists()
 
@@ -332,15 +329,14 @@ def studied(rng, shape, near, **design):
             for kind, some in tables.items()}
     corner = {"users": np.array([96.]), "hours_per_user": np.array([HOURS[-1]]),
               "params_encoder": np.array([148992.])}
-    truths = {"E": (lambda law: law.numbers()["E"], .1, "signed"),
-              "users": (lambda law: law.alpha("users"), a, "signed"),
-              "hours": (lambda law: law.alpha("hours_per_user"), b, "signed"),
-              "a/b": (lambda law: law.alpha("users") / law.alpha("hours_per_user"), a / b, "ratio"),
-              "loss of 96 users": (lambda law: law.loss(corner).item(),
-                                   true_loss(96, HOURS[-1], 148992, a, b, delta), "ratio")}
+    truths = {"E": (lambda law: law.numbers()["E"], .1, "signed")}
+    for name, x, true in zip(("users", "hours", "parameters"), shape.x, (a, b, .4)):
+        truths[name] = partial(Fit.alpha, x=x), true, "signed"
+    truths["a/b"] = lambda law: law.alpha("users") / law.alpha("hours_per_user"), a / b, "ratio"
+    truths["loss of 96 users"] = (lambda law: law.loss(corner).item(),
+                                  true_loss(96, HOURS[-1], 148992, a, b, delta), "ratio")
     if shape.coupled:
-        truths.update({"parameters": (lambda law: law.alpha("params_encoder"), .4, "signed"),
-                       "delta": (lambda law: law.numbers()["delta"], .4, "ratio")})
+        truths["delta"] = lambda law: law.numbers()["delta"], delta, "ratio"
     held = {}
     for name, (quantity, truth, scale) in truths.items():
         low, high = estimate(quantity, laws, scale)["ci95"]
