@@ -2,7 +2,7 @@
 
 `python -m pytest -m slow tests/test_laws.py` makes results/coverage.md again (half an hour).
 """
-import csv, json, math, os, subprocess, sys
+import csv, json, math, os, re, subprocess, sys
 os.environ["OMP_NUM_THREADS"] = "1"                    # before numpy: waiting threads cost time
 from dataclasses import replace
 from functools import partial
@@ -192,7 +192,8 @@ def test_a_logarithm_is_not_called_a_power_law():
     table = grid(np.random.default_rng(0), 3, 0, delta=None, noise=.002)
     table["loss"] = .3 + (table["loss"] - true_loss(
         table["users"], table["hours_per_user"], 1, .3, .15, None)) - .04 * np.log(table["users"])
-    a = SimpleNamespace(y="loss", bootstrap=1, holdout=None, target="grid", no_floor=False)
+    a = SimpleNamespace(y="loss", bootstrap=1, holdout=None, target="grid", no_floor=False,
+                        law="")
     verdicts = verdicts_of(analyse(table, TERMS, a))
     assert verdicts["power_law_of_users"]["decision"] != "holds"
 
@@ -213,6 +214,8 @@ def test_a_grid_becomes_tables_laws_figures_and_advice(run, tmp_path):
     points = verdicts["compute_frontier"]["points"]
     assert np.all(np.diff(points["loss"]) <= 0) and len(points["flops"]) == 60
     assert {"users_vs_hours.png", "frontier.png", "fit.png"} <= set(os.listdir(out))
+    assert run(out / "results.csv", "--law", "MC", "--out", tmp_path / "other")[0] == 0
+    assert read(tmp_path / "other/laws.json")["laws"][0]["x"] == ["data", "params_encoder"]
 
     _, advice, _ = run(out / "laws.json", "--recommend", "--users", 30, "--hours-per-user", 2)
     assert "from a new user than from the same users: holds" in advice
@@ -298,6 +301,7 @@ REFUSED = {                              # what is wrong: (table, flags, words o
     "a factor in two terms": (GOOD, "--x x*z z --out out", "one term only"),
     "no --out": (GOOD, "--x x", "--out"),
     "minus one table": (GOOD, "--x x --out out --bootstrap -1", "--bootstrap"),
+    "no such law": (GOOD, "--x x --law MX --out out", "name one of M1"),
     "no grid": (GOOD, "--out out", "no column"),
     "half a plan": ('{"laws": [', "--recommend --users 3", "can't be read")}
 
@@ -367,3 +371,23 @@ def test_intervals_hold_the_truth_and_equal_users_and_hours_are_seldom_told_apar
             assert share["false claims"] <= 9
             assert GRIDS < 200 or all(87 <= value <= 99.5 for name, value in share.items()
                                      if name not in ("power", "false claims"))
+
+# ---------------------------------------------------------------- the README's numbers
+def intervals(content):
+    """All (value, interval) pairs of a laws.json, over seeds and with other held-out people."""
+    for part in content.values() if isinstance(content, dict) else content:
+        if isinstance(part, dict) and "value" in part:
+            yield from ((part["value"], part[kind]) for kind in ("ci95", "ci95_people"))
+        if isinstance(part, (dict, list)):
+            yield from intervals(part)
+
+def test_every_interval_in_the_readme_is_in_a_committed_table():
+    known = [(value, ends) for path in ROOT.glob("results/*/laws.json")
+             for value, ends in intervals(read(path)) if ends]
+    quoted = re.findall(r"(?:(-?[\d.]+) )?\[(-?[\d.]+), (-?[\d.]+)\]",
+                        " ".join((ROOT / "README.md").read_text().split()))
+    assert quoted
+    for texts in quoted:
+        assert any(all(not text or f"{number:.{len(text.partition('.')[2])}f}" == text
+                       for text, number in zip(texts, (value, *ends))) for value, ends in known
+                   if not isinstance(value, list)), f"{texts} is in no results/*/laws.json"
