@@ -194,6 +194,11 @@ def test_what_is_too_fast_for_20_hz_is_filtered_out_not_folded_back():
         y = data.resample(t, np.sin(2 * np.pi * frequency * t)[:, None], 0, 590)[20:-20]
         assert abs(np.sqrt(2 * np.mean(y**2)) - gain) < 0.01, frequency
 
+def test_zeros_have_one_sign_so_that_a_set_is_the_same_on_every_processor():
+    npz(Path("raw/still.npz"), np.tile([0, 0, 1, -1e-17, 1e-17, 0], (1250, 1)))
+    windows = prepare("folder").windows
+    assert (windows == 0).any() and not np.signbit(windows).any()
+
 def test_a_clock_that_errs_costs_the_rows_in_error():
     t = clock(21, 40)
     x = movement(t)
