@@ -277,6 +277,8 @@ def analyse(table, terms, a):
 
 # ---------------------------------------------------------------- verdicts
 def span(ci95):
+    if ci95 and 0 < ci95[0] < 1e-6 * ci95[1]:
+        return "[unbounded]"
     return "[{:.4g}, {:.4g}]".format(*ci95) if ci95 else "[no interval: it takes 3 seeds]"
 
 def verdict(claim, text, quantity, samples, scale="signed", against="", refuted=False):
@@ -656,8 +658,12 @@ def draw_grid(study, shown):
         "users_vs_hours": ("As many hours, of more people", "users", main, "{hours:.2g} h in all"),
         "loss_vs_params": ("Larger models on the same data", "params_encoder", shown,
                            "{users:g} users, {cap:.2g} h")}
-    axes = {name: draw(title, x, y, grouped(rows, label), law)
-            for name, (title, x, rows, label) in views.items() if x in law.shape.columns}
+    axes = {}
+    for name, (title, x, rows, label) in views.items():
+        lines = {text: line for text, line in grouped(rows, label).items()
+                 if np.ptp(setting(line, x))}              # a line takes two settings
+        if lines and x in law.shape.columns:
+            axes[name] = draw(title, x, y, lines, law)
     if "hours_per_user" in law.shape.columns:              # a panel for each number of users
         counts, models = np.unique(shown["users"]), grouped(shown, "{params_encoder:,.0f}")
         for users, ax in zip(counts, panels(len(counts))):
@@ -672,21 +678,23 @@ def draw_grid(study, shown):
         axes["frontier"] = draw("The lowest loss for a given compute (grey: all evaluations)",
                                 "flops", "loss", best, frontier_law(study.table))
         axes["frontier"].plot(*np.hstack(list(shown["curve"])), ",", color="grey", zorder=0)
-    if law.shape.coupled and len(study.laws) > 1:
-        axes["capacity"] = draw_capacity(study)
+    if law.shape.coupled and len(study.laws) > 1 and (fitting := draw_capacity(study)):
+        axes["capacity"] = fitting
     return axes
 
 def draw_capacity(study):
-    """The capacity that fits the data of each cell; no bar where its interval spans a decade."""
-    ax = draw("The smallest model that no larger one beats by 1 %: bars of 95 %", "hours",
-              "params_encoder", {"runs": study.table})
+    """The capacity that fits the data of each cell: a bar where its interval spans less than a
+    decade; None if there is none."""
+    ax, bars = draw("The smallest model that no larger one beats by 1 %: bars of 95 %", "hours",
+              "params_encoder", {"runs": study.table}), 0
     for rows in grouped(study.table, "{users} {cap}").values():
         plan = {x: rows[x][0] for x in DATA}
         ci95 = estimate(lambda law: capacity(law, plan), study.laws, "ratio")["ci95"]
         if ci95 and ci95[1] < 10 * ci95[0]:
             ax.plot([rows["hours"][0]] * 2, ci95, color=COLOURS[1], lw=3)
+            bars += 1
     ax.set_yscale("log")
-    return ax
+    return ax if bars else None
 
 def draw_fit(study):
     """What the law says of the runs it was fitted to, and of those that were held out."""
