@@ -379,7 +379,7 @@ def frontier_law(table):
 
 def compute_frontier(study):
     points, law = frontier(study.table), frontier_law(study.table)
-    size = regress(np.log(points["params_encoder"]), [np.log(points["flops"])], np.zeros(60))[0]
+    size = regress(np.log(points["params_encoder"]), [np.log(points["flops"])], np.ones(60))[0]
     return {**law.numbers(), "size_exponent": size, "points": points, **verdict(
         "the lowest loss is a power law in compute", f"Size grows as flops^{size:.2f}; exponent",
         lambda table: frontier_law(table).alpha("flops"), resampled(study.table, ""), "positive")}
@@ -684,17 +684,21 @@ def draw_grid(study, shown):
 
 def draw_capacity(study):
     """The capacity that fits the data of each cell: a bar where its interval spans less than a
-    decade; None if there is none."""
-    ax, bars = draw("The smallest model that no larger one beats by 1 %: bars of 95 %", "hours",
-              "params_encoder", {"runs": study.table}), 0
+    decade. None if there is no such cell."""
+    bars = []
     for rows in grouped(study.table, "{users} {cap}").values():
         plan = {x: rows[x][0] for x in DATA}
         ci95 = estimate(lambda law: capacity(law, plan), study.laws, "ratio")["ci95"]
         if ci95 and ci95[1] < 10 * ci95[0]:
-            ax.plot([rows["hours"][0]] * 2, ci95, color=COLOURS[1], lw=3)
-            bars += 1
+            bars.append(([rows["hours"][0]] * 2, ci95))
+    if not bars:
+        return None
+    ax = draw("The smallest model that no larger one beats by 1 %: bars of 95 %", "hours",
+              "params_encoder", {"runs": study.table})
+    for hours, ends in bars:
+        ax.plot(hours, ends, color=COLOURS[1], lw=3)
     ax.set_yscale("log")
-    return ax if bars else None
+    return ax
 
 def draw_fit(study):
     """What the law says of the runs it was fitted to, and of those that were held out."""

@@ -183,8 +183,8 @@ class MAE(nn.Module):
         return unpatchify(tokens.view(truth.shape), self.patch)
 
     def features(self, x, sensors=None):
-        """Windows (B, C, T), of any length T -> (B, S, G, 2D) of all patches, none masked: what goes
-        into the last block beside the latents, which alone are made for reconstruction.
+        """Windows (B, C, T), of any length T -> (B, S, G, 2D) of all patches, none masked: what
+        goes into the last block beside the latents, which alone are made for reconstruction.
 
         sensors: the indices of the sensors of x in the model's sensor embedding; default: all."""
         tokens = patchify(x, self.patch)
