@@ -1,6 +1,6 @@
 """The laws against what is known: planted laws, a published fit, planted claims, bad input.
 
-`python -m pytest -m slow tests/test_laws.py` makes results/coverage.md again (half an hour).
+`python -m pytest -m slow tests/test_laws.py` makes results/coverage.md again (five minutes).
 """
 import csv, json, math, os, re, subprocess, sys
 os.environ["OMP_NUM_THREADS"] = "1"                    # before numpy: waiting threads cost time
@@ -353,7 +353,7 @@ def studied(rng, shape, near, **design):
 @pytest.mark.slow
 def test_intervals_hold_the_truth_and_equal_users_and_hours_are_seldom_told_apart(tmp_path):
     text = (ROOT / "results" / "coverage.md").read_text()
-    report = text[:text.index("half an hour of one core.\n")] + "half an hour of one core.\n"
+    report = text[:text.index("five minutes of one core.\n")] + "five minutes of one core.\n"
     for shape in (COUPLED, DATA):
         delta, header = .4 if shape.coupled else None, ""
         near = fit(grid(np.random.default_rng(1), 5, 0, delta=delta), shape, "loss")
