@@ -379,7 +379,8 @@ def frontier_law(table):
 
 def compute_frontier(study):
     points, law = frontier(study.table), frontier_law(study.table)
-    size = regress(np.log(points["params_encoder"]), [np.log(points["flops"])], np.ones(60))[0]
+    flops, sizes = np.log(points["flops"]), np.log(points["params_encoder"])
+    size = regress(sizes, [flops], np.ones_like(flops))[0]
     return {**law.numbers(), "size_exponent": size, "points": points, **verdict(
         "the lowest loss is a power law in compute", f"Size grows as flops^{size:.2f}; exponent",
         lambda table: frontier_law(table).alpha("flops"), resampled(study.table, ""), "positive")}
@@ -667,7 +668,7 @@ def draw_grid(study, shown):
     if "hours_per_user" in law.shape.columns:              # a panel for each number of users
         counts, models = np.unique(shown["users"]), grouped(shown, "{params_encoder:,.0f}")
         for users, ax in zip(counts, panels(len(counts))):
-            rows = {size: take(all, all["users"] == users) for size, all in models.items()}
+            rows = {size: take(runs, runs["users"] == users) for size, runs in models.items()}
             axes["loss_vs_hours"] = draw(f"{users:g} users", "hours_per_user", y, rows, law, ax)
             ax.label_outer()
     for score in [key for key in shown if key.endswith("_macro_f1")]:

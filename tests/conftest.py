@@ -16,3 +16,14 @@ def pytest_collection_modifyitems(config, items):
 
 # A shell that starts the tests in the background has them, and all they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+@pytest.fixture
+def main_of(monkeypatch, capsys):
+    """A script's main as from the command line: (exit status, stdout, stderr)."""
+    def call(module, *words):
+        from data import command         # here: a test file sets its threads before numpy is there
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            command(module.main)
+        return end.value.code or 0, *capsys.readouterr()
+    return call

@@ -1,6 +1,7 @@
 """Downstream: who is tested, what is fitted, what a score means, what is refused."""
 import json, os, shutil, signal, subprocess, sys
 os.environ["OMP_NUM_THREADS"] = "1"                    # before numpy: waiting threads cost time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -63,14 +64,8 @@ def world(tmp_path_factory):
         yield
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    """finetune.py as from the command line: (exit status, stdout, stderr)."""
-    def call(*flags):
-        monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, flags)])
-        with pytest.raises(SystemExit) as status:
-            data.command(finetune.main)
-        return status.value.code or 0, *capsys.readouterr()
-    return call
+def command(main_of):
+    return partial(main_of, finetune)
 
 def result(name, run="a"):
     return json.loads(Path(f"runs/{run}/finetune/{name}.json").read_text())

@@ -27,14 +27,8 @@ DATA = Shape((("users", "hours_per_user"),))
 HOURS = [.0139 * 2 ** i for i in range(5)]
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """fit_laws.py as from the command line: (exit status, stdout, stderr)."""
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["fit_laws.py", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            data.command(fit_laws.main)
-        return end.value.code or 0, *capsys.readouterr()
-    return call
+def run(main_of):
+    return partial(main_of, fit_laws)
 
 def read(path):
     return json.loads(path.read_text())

@@ -25,18 +25,13 @@ def home(tmp_path_factory):
         yield
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(monkeypatch, main_of):
     """pretrain.py as from the command line: (exit status, stderr)."""
     def call(out, *flags):
-        words = ["pretrain.py", "--data", "simulated", *TINY, "--out", out, *map(str, flags)]
-        monkeypatch.setattr(sys, "argv", words)
         monkeypatch.setattr(signal, "signal", lambda *handler: None)     # Ctrl-C stays pytest's
-        with pytest.raises(SystemExit) as end:
-            data.command(pretrain.main)
-        status = end.value.code or 0
-        del end
+        status, _, error = main_of(pretrain, "--data", "simulated", *TINY, "--out", out, *flags)
         gc.collect()                                   # frees the lock of a run that was refused
-        return status, capsys.readouterr().err
+        return status, error
     return call
 
 def read(path):
