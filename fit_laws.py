@@ -33,7 +33,7 @@ DATA = ("users", "hours_per_user")
 TERMS = (DATA, ("params_encoder",))      # of the law of a grid
 FACTORS = sum(TERMS, ())
 MAY_DIFFER = "users hours_per_user width depth heads seed steps".split()        # between cells
-Study = namedtuple("Study", "table y law fits tables laws")    # see `analyse`
+Study = namedtuple("Study", "shown table y law fits tables laws")       # see `analyse`
 
 # ---------------------------------------------------------------- the law
 @dataclass
@@ -248,8 +248,10 @@ def candidates(table, terms, a):
                    f"exponential in {x}": replace(law, curve=("exponential", x))}
     return shapes
 
-def analyse(table, terms, a):
-    """Fit the law of these terms and its alternatives; predict the held-out rows; resample."""
+def analyse(shown, terms, a):
+    """Fit the law of these terms and its alternatives to the rows of `shown` that are used; predict
+    the held-out ones; resample."""
+    table = take(shown, shown.get("used", slice(None)))
     fixed = [x for x in sum(terms, ()) if len(np.unique(setting(table, x))) < 3]
     varied = [tuple(x for x in term if x not in fixed) for term in terms]
     terms = tuple(filter(None, varied))
@@ -273,7 +275,7 @@ def analyse(table, terms, a):
     with ProcessPoolExecutor(2) as pool:
         again = partial(fit, shape=shape, y=a.y, near=fits[name])
         laws = {kind: list(pool.map(again, tables[kind], chunksize=8)) for kind in tables}
-    return Study(table, a.y, fits[name], fits, tables, laws | {"whole": [fits[name]]})
+    return Study(shown, table, a.y, fits[name], fits, tables, laws | {"whole": [fits[name]]})
 
 # ---------------------------------------------------------------- verdicts
 def span(ci95):
@@ -365,9 +367,10 @@ def capacity(law, plan):
     return sizes[np.argmax(losses <= 1.01 * losses[-1])]
 
 def frontier(table):
-    """The lowest loss of any run at a given compute, from where the first run has its minimum."""
+    """The lowest loss of any run at a given compute, whether the run had ended or was cut off; from
+    where the first run of the law has its minimum."""
     runs = table["curve"]                # per run an array (2, evaluations): flops, loss
-    budgets = np.geomspace(min(flops[loss.argmin()] for flops, loss in runs),
+    budgets = np.geomspace(min(flops[loss.argmin()] for flops, loss in runs[table["used"]]),
                            max(flops[-1] for flops, _ in runs), 60)
     losses = np.array([np.append(np.inf, np.minimum.accumulate(loss))[
         np.searchsorted(flops, budgets, side="right")] for flops, loss in runs])
@@ -378,12 +381,12 @@ def frontier_law(table):
     return fit(frontier(table), Shape((("flops",),)), "loss")
 
 def compute_frontier(study):
-    points, law = frontier(study.table), frontier_law(study.table)
+    points, law = frontier(study.shown), frontier_law(study.shown)
     flops, sizes = np.log(points["flops"]), np.log(points["params_encoder"])
     size = regress(sizes, [flops], np.ones_like(flops))[0]
     return {**law.numbers(), "size_exponent": size, "points": points, **verdict(
         "the lowest loss is a power law in compute", f"Size grows as flops^{size:.2f}; exponent",
-        lambda table: frontier_law(table).alpha("flops"), resampled(study.table, ""), "positive")}
+        lambda table: frontier_law(table).alpha("flops"), resampled(study.shown, ""), "positive")}
 
 def downstream(study, score):
     """Does a benchmark's score follow the loss? Spearman's rank correlation."""
@@ -649,8 +652,9 @@ def draw(title, x, y, groups, law=None, ax=None):
         ax.legend(frameon=False)
     return ax
 
-def draw_grid(study, shown):
-    """{name: axes}, of those factors that vary in the grid; `shown` has all of its cells."""
+def draw_grid(study):
+    """{name: axes}, of those factors that vary in the grid; all of its cells are shown."""
+    shown = study.shown
     shown = take(shown, np.lexsort([shown[x] for x in FACTORS[::-1]]))
     y, law, sizes = study.y, study.law, shown["params_encoder"]
     main = take(shown, sizes == np.quantile(sizes, .5, method="nearest"))
@@ -675,9 +679,9 @@ def draw_grid(study, shown):
         axes[score] = draw("A linear probe's score against the loss", y, score,
                            grouped(shown, "{params_encoder:,.0f} parameters"))
     if "curve" in shown:
-        best = grouped(frontier(study.table), "{params_encoder:,.0f} parameters")
+        best = grouped(frontier(shown), "{params_encoder:,.0f} parameters")
         axes["frontier"] = draw("The lowest loss for a given compute (grey: all evaluations)",
-                                "flops", "loss", best, frontier_law(study.table))
+                                "flops", "loss", best, frontier_law(shown))
         axes["frontier"].plot(*np.hstack(list(shown["curve"])), ",", color="grey", zorder=0)
     if law.shape.coupled and len(study.laws) > 1 and (fitting := draw_capacity(study)):
         axes["capacity"] = fitting
@@ -753,11 +757,11 @@ def main():
     needed = {*factors, a.y, a.holdout or a.y}
     path = collect(a.target, a.out) if a.target.is_dir() else a.target
     shown = read_csv(path, needed) if a.x else read_grid(path, needed, a)
-    study = analyse(take(shown, shown.get("used", slice(None))), terms, a)
+    study = analyse(shown, terms, a)
     verdicts, entries = verdicts_of(study), [entry(study, name) for name in study.fits]
     write_json(a.out / "laws.json",
                {"laws": entries, "verdicts": verdicts, "provenance": provenance()})
-    axes = {} if a.x else draw_grid(study, shown)
+    axes = {} if a.x else draw_grid(study)
     for name, ax in {**axes, "fit": draw_fit(study)}.items():
         with replacing(a.out / f"{name}.png") as temporary:
             ax.figure.savefig(temporary, dpi=150)

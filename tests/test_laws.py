@@ -178,7 +178,7 @@ def test_no_difference_is_not_claimed():
     table = grid(np.random.default_rng(4), 3, .02, .2, .2, delta=None)
     tables = resampled(table, "loss")
     laws = {kind: [fit(rows, DATA, "loss") for rows in some] for kind, some in tables.items()}
-    study = fit_laws.Study(table, "loss", laws["whole"][0], {}, tables, laws)
+    study = fit_laws.Study(table, table, "loss", laws["whole"][0], {}, tables, laws)
     verdicts = fit_laws.users_or_hours(study).values()
     assert {verdict["decision"] for verdict in verdicts} == {"can't tell here"}
 
