@@ -191,6 +191,13 @@ def test_a_logarithm_is_not_called_a_power_law():
     verdicts = verdicts_of(analyse(table, TERMS, a))
     assert verdicts["power_law_of_users"]["decision"] != "holds"
 
+def test_the_frontier_counts_runs_that_were_cut_off():
+    runs = [np.array([[1e9, 2e9], [.5, .4]]), np.array([[1e9, 2e9], [.5, .3]])]
+    table = {"curve": np.fromiter(runs, object), "used": np.array([True, False]),
+             "params_encoder": np.array([6496, 37632])}
+    best = fit_laws.frontier(table)
+    assert best["loss"][-1] == .3 and best["params_encoder"][-1] == 37632
+
 # ---------------------------------------------------------------- grids
 def test_a_grid_becomes_tables_laws_figures_and_advice(run, tmp_path):
     rng, out = np.random.default_rng(1), tmp_path / "out"
