@@ -16,7 +16,6 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")     # before numpy: small matrices, idle threads
 import argparse, csv, json, math
 from collections import namedtuple
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -58,14 +57,17 @@ def logs(table, shape):
     return np.array([table[x] if shape.curve == ("exponential", x) else np.log(table[x])
                      for x in shape.x])
 
+def parts(theta, shape):
+    """Of theta = E, a_1 ..., alpha_1 ..., log delta: E, a (terms,), alpha (k,) and delta."""
+    T = len(shape.terms)
+    return theta[0], theta[1:1 + T], theta[1 + T:-1], math.exp(theta[-1])
+
 def law(theta, u, shape):
     """The loss (n,) at the scaled logs u (k, n) of the factors, and its slopes by theta (P, n).
 
     loss = E + (sum over terms t of exp(z_t))^delta,  delta z_t = a_t - sum_i alpha_i u_i
-    theta = E, a_1 ..., alpha_1 ..., log delta
     """
-    T = len(shape.terms)
-    E, a, alpha, delta = theta[0], theta[1:1 + T], theta[1 + T:-1], math.exp(theta[-1])
+    E, a, alpha, delta = parts(theta, shape)
     bends, slopes = -alpha[:, None] * u, -u
     if "logarithm" in shape.curve:       # 1 - alpha u in place of exp(-alpha u)
         i = shape.x.index(shape.curve[1])
@@ -111,11 +113,11 @@ class Fit:
 
     def numbers(self):
         """E, A, alpha, delta of E + (sum over terms of A times each x^-(alpha / delta))^delta."""
-        T, delta = len(self.shape.terms), math.exp(self.theta[-1])
-        alpha = self.theta[1 + T:-1] / self.half
-        a = self.theta[1:1 + T] + self.shape.member @ (alpha * self.middle) + math.log(self.unit)
+        E, a, alpha, delta = parts(self.theta, self.shape)
+        alpha = alpha / self.half
+        a = a + self.shape.member @ (alpha * self.middle) + math.log(self.unit)
         A = np.exp(np.clip(a / delta, -700, 700))
-        numbers = {"E": self.unit * self.theta[0], "A": A, "alpha": alpha}
+        numbers = {"E": self.unit * E, "A": A, "alpha": alpha}
         return {**numbers, "delta": delta} if self.shape.coupled else numbers
 
 @np.errstate(all="ignore")               # trial steps may overflow
@@ -129,8 +131,8 @@ def fit(table, shape, y, near=None):
         half = np.maximum(np.ptp(u, 1) / 2, .01)
         fitted = Fit(shape, None, (u.max(1) + u.min(1)) / 2, half, math.exp(log_y.mean()))
     problem = fitted.scaled(table), log_y - math.log(fitted.unit), shape
-    steepest = [.999 if shape.curve == ("logarithm", x) else 20 for x in shape.x]
-    bounds = [(0, 10 * shape.floor), *[(-40, 40)] * T, *[(0, alpha) for alpha in steepest],
+    bounds = [(0, 10 * shape.floor), *[(-40, 40)] * T,
+              *[(0, .999 if shape.curve == ("logarithm", x) else 20) for x in shape.x],
               (-3 * shape.coupled, 1.6 * shape.coupled)]
     signs = [.8, *[-3] * T, *[.8] * k, -1]
     starts = np.random.default_rng(0).uniform(0, 1, (48, T + k + 2)) * signs
@@ -163,11 +165,11 @@ def resampled(table, y, draws=1):
     """{"whole": [table], ...: the tables that intervals are made from}. Runs of one seed share
     people, so each whole seed is left out in turn, and so is each held-out person. Without a
     column `seed`, rows are drawn with replacement."""
-    tables, seeds = {"whole": [table]}, np.unique(table.get("seed", []))
+    tables = {"whole": [table]}
     if draws and "seed" not in table:
         rng, n = np.random.default_rng(0), len(table[y])
         tables["rows"] = [take(table, rng.integers(n, size=n)) for _ in range(draws)]
-    elif draws and len(seeds) > 2:       # two seeds say next to nothing about the spread of seeds
+    elif draws and len(seeds := np.unique(table["seed"])) > 2:     # two say next to nothing
         tables["seeds"] = [take(table, table["seed"] != seed) for seed in seeds]
         if "people" in table and y == "loss":      # (n, people): each run's loss on each of them
             tables["people"] = [{**table, y: np.delete(table["people"], person, 1).mean(1)}
@@ -200,9 +202,8 @@ def setting(table, x):
 def largest(table, x):
     """Rows of the largest x: of a grid its largest setting, else the top tenth."""
     values = setting(table, x)
-    if "cap" in table:
-        return values == values.max()
-    return values >= min(values.max() / 1.1, np.quantile(values, .9))
+    tenth = min(values.max() / 1.1, np.quantile(values, .9))
+    return values >= (values.max() if "cap" in table else tenth)
 
 def hold_out(table, law, y, x):
     """The largest x, predicted by the same law fitted to the other rows."""
@@ -222,12 +223,10 @@ def predicts_worse(law, other, x):
 
 # ---------------------------------------------------------------- the shapes that are compared
 def candidates(table, terms, a):
-    """{name: shape}, the law first: of a grid the coupled one, or the one that --law names."""
+    """{name: shape}, the law first: the one that --law names, or a grid's coupled one, or M1."""
     added, grid = Shape(terms, not a.no_floor), "cap" in table
-    shapes = {"M1, terms added": added}
-    if len(terms) > 1:
-        coupled = {"M2, terms coupled": replace(added, coupled=True)}
-        shapes = coupled | shapes if grid else shapes | coupled
+    shapes = {"M2, terms coupled": replace(added, coupled=True)} if len(terms) > 1 else {}
+    shapes["M1, terms added"] = added
     if grid and DATA in terms:
         hours = replace(added, terms=(("data",), *terms[1:]), enough=1e9)
         near, each = fit(table, hours, a.y), table["hours_per_user"]
@@ -238,7 +237,7 @@ def candidates(table, terms, a):
                    "MA, a term for each factor": replace(added, terms=tuple((x,) for x in added.x)),
                    "MC, hours of a person count less and less": fewer,
                    "MC, coupled": replace(fewer, coupled=len(terms) > 1)}
-    first = [name for name in shapes if name.startswith(a.law)]
+    first = [name for name in shapes if name.startswith(a.law or "M1" * (not grid))]
     require(first, f"--law {a.law}: name one of {', '.join(shapes)}")
     law = shapes[first[0]]
     shapes = {first[0]: law} | shapes
@@ -253,29 +252,27 @@ def analyse(shown, terms, a):
     the held-out ones; resample."""
     table = take(shown, shown.get("used", slice(None)))
     fixed = [x for x in sum(terms, ()) if len(np.unique(setting(table, x))) < 3]
-    varied = [tuple(x for x in term if x not in fixed) for term in terms]
-    terms = tuple(filter(None, varied))
+    terms = tuple(filter(None, [tuple(x for x in term if x not in fixed) for term in terms]))
     require(not fixed or terms and "cap" in table,
             f"{a.target} has too few values of {', '.join(fixed)}: an exponent needs 3, add runs")
     for x in fixed:
         print(f"note: {x} is left out of the law: an exponent needs 3 settings of it")
     shapes = candidates(table, terms, a)
-    name, shape = next(iter(shapes.items()))
+    shape, *_ = shapes.values()
     n, least = len(table[a.y]), max(5, *(shape.parameters for shape in shapes.values()))
     require(n >= least, f"{a.target} has {n} rows, which are too few for a law of "
             f"{', '.join(shape.x)}: it needs {least}, add runs")
-    columns = [x for x in dict.fromkeys([a.holdout or shape.columns[0], *shape.columns])
-               if sum(~largest(table, x)) >= least]
+    columns = [x for x in dict.fromkeys([a.holdout, *shape.columns])
+               if x and sum(~largest(table, x)) >= least]
     require(not a.holdout or a.holdout in columns,
             f"{a.target} has too few rows left without the largest {a.holdout}: add runs")
     fits = {name: fit(table, candidate, a.y) for name, candidate in shapes.items()}
     for fitted in fits.values():
         fitted.held = {x: hold_out(table, fitted, a.y, x) for x in columns}
+    law, *_ = fits.values()
     tables = resampled(table, a.y, a.bootstrap)
-    with ProcessPoolExecutor(2) as pool:
-        again = partial(fit, shape=shape, y=a.y, near=fits[name])
-        laws = {kind: list(pool.map(again, tables[kind], chunksize=8)) for kind in tables}
-    return Study(shown, table, a.y, fits[name], fits, tables, laws | {"whole": [fits[name]]})
+    laws = {kind: [fit(rows, shape, a.y, law) for rows in tables[kind]] for kind in tables}
+    return Study(shown, table, a.y, law, fits, tables, laws | {"whole": [law]})
 
 # ---------------------------------------------------------------- verdicts
 def span(ci95):
@@ -310,10 +307,13 @@ def power_law(study, x):
     return verdict(f"a power law in {x}", "Exponent", lambda law: law.alpha(x), study.laws,
                    "positive", against, refuted)
 
+def indicators(values):
+    """Which rows have each of the different values, (different values, n)"""
+    return np.unique(values)[:, None] == values
+
 def regress(y, columns, groups):
     """Least-squares slopes of y on the columns, with a constant for each group."""
-    constants = groups[:, None] == np.unique(groups)
-    return np.linalg.lstsq(np.column_stack([*columns, constants]), y, rcond=None)[0]
+    return np.linalg.lstsq(np.vstack([*columns, *indicators(groups)]).T, y, rcond=None)[0]
 
 def slopes_apart(table, y):
     """Users' log-slope minus hours', positive where users are worth more: the mean over seeds. At
@@ -322,8 +322,7 @@ def slopes_apart(table, y):
     apart = []
     for rows in grouped(table, "{seed}").values():
         total, sizes = np.log(rows["hours"]), rows["params_encoder"]
-        by_size = total * (sizes == np.unique(sizes)[:, None])
-        columns = [np.log(rows["users"]), total ** 2, *by_size]
+        columns = [np.log(rows["users"]), total ** 2, *total * indicators(sizes)]
         apart.append(-regress(np.log(rows[y]), columns, sizes)[0])
     return np.mean(apart)
 
@@ -342,13 +341,13 @@ def users_or_hours(study):
             "the hours over loss with twice the users:", gain, study.laws, "ratio"),
         "exponent_ratio": verdict(
             "the next hour is worth more from a new user than from the same users", "Ratio a/b",
-            lambda law: (law.alpha("users") + 1e-9) / (law.alpha("hours_per_user") + 1e-9),
+            lambda law: np.divide(*(law.alpha(x) + 1e-9 for x in DATA)),
             study.laws, "ratio")}
 
 def size_gap(table, y):
     """How much more log loss a tenfold larger model saves per doubling of the total hours."""
     sizes, same_draw = table["params_encoder"], labels(table, "{users} {cap} {seed}")
-    columns = [np.log10(sizes) * np.log2(table["hours"]), *(sizes == np.unique(sizes)[1:, None])]
+    columns = [np.log10(sizes) * np.log2(table["hours"]), *indicators(sizes)[1:]]
     return -regress(np.log(table[y]), columns, same_draw)[0]
 
 def interaction(study):
@@ -372,8 +371,8 @@ def frontier(table):
     runs = table["curve"]                # per run an array (2, evaluations): flops, loss
     budgets = np.geomspace(min(flops[loss.argmin()] for flops, loss in runs[table["used"]]),
                            max(flops[-1] for flops, _ in runs), 60)
-    losses = np.array([np.append(np.inf, np.minimum.accumulate(loss))[
-        np.searchsorted(flops, budgets, side="right")] for flops, loss in runs])
+    losses = np.array([[loss[flops <= budget].min(initial=np.inf) for budget in budgets]
+                       for flops, loss in runs])
     sizes = table["params_encoder"][losses.argmin(0)]
     return {"flops": budgets, "loss": losses.min(0), "params_encoder": sizes}
 
@@ -502,7 +501,7 @@ def read_grid(path, needed, a):
         points = np.array([curves["flops"], curves["loss"]])
         runs = [points[:, curves["name"] == name] for name in names]     # (2, evaluations) each
         if all(run.size for run in runs):
-            table["curve"] = np.fromiter(runs, object, len(names))
+            table["curve"] = np.fromiter(runs, object)
     group, capped = labels(table, "{users} {cap} {params_encoder}"), table["converged"] == "False"
     require(a.converged_only or not capped.any(), f"{', '.join(names[capped])} did not converge: "
             "continue them with more --steps, or leave them out by --converged-only")
@@ -683,7 +682,7 @@ def draw_grid(study):
         axes["frontier"] = draw("The lowest loss for a given compute (grey: all evaluations)",
                                 "flops", "loss", best, frontier_law(shown))
         axes["frontier"].plot(*np.hstack(list(shown["curve"])), ",", color="grey", zorder=0)
-    if law.shape.coupled and len(study.laws) > 1 and (fitting := draw_capacity(study)):
+    if law.shape.coupled and (fitting := draw_capacity(study)):
         axes["capacity"] = fitting
     return axes
 
