@@ -17,7 +17,6 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")     # before numpy: small mat
 import argparse, csv, json, math
 from collections import namedtuple
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -54,8 +53,8 @@ def logs(table, shape):
     if shape.enough:
         hours = 1 / (1 / table["hours_per_user"] + 1 / shape.enough)
         table = {**table, "data": table["users"] * hours}
-    return np.array([table[x] if shape.curve == ("exponential", x) else np.log(table[x])
-                     for x in shape.x])
+    return np.array(np.broadcast_arrays(*[
+        table[x] if shape.curve == ("exponential", x) else np.log(table[x]) for x in shape.x]))
 
 def parts(theta, shape):
     """Of theta = E, a_1 ..., alpha_1 ..., log delta: E, a (terms,), alpha (k,) and delta."""
@@ -135,7 +134,7 @@ def fit(table, shape, y, near=None):
               *[(0, .999 if shape.curve == ("logarithm", x) else 20) for x in shape.x],
               (-3 * shape.coupled, 1.6 * shape.coupled)]
     signs = [.8, *[-3] * T, *[.8] * k, -1]
-    starts = np.random.default_rng(0).uniform(0, 1, (48, T + k + 2)) * signs
+    starts = np.random.default_rng(0).random((48, T + k + 2)) * signs
     if near:
         starts = [near.theta, *starts[:2]]       # from `near` alone, the fit may stick
     for steps in (15, 3000):             # all starts briefly, then the best four to the end
@@ -161,6 +160,10 @@ SCALES = {"ratio": (np.log, np.exp),     # where an interval is symmetric, and b
 def take(table, rows):
     return {name: values[rows] for name, values in table.items()}
 
+def indicators(values):
+    """For each different value, the rows that have it: (different values, n)"""
+    return np.unique(values)[:, None] == values
+
 def resampled(table, y, draws=1):
     """{"whole": [table], ...: the tables that intervals are made from}. Runs of one seed share
     people, so each whole seed is left out in turn, and so is each held-out person. Without a
@@ -169,8 +172,8 @@ def resampled(table, y, draws=1):
     if draws and "seed" not in table:
         rng, n = np.random.default_rng(0), len(table[y])
         tables["rows"] = [take(table, rng.integers(n, size=n)) for _ in range(draws)]
-    elif draws and len(seeds := np.unique(table["seed"])) > 2:     # two say next to nothing
-        tables["seeds"] = [take(table, table["seed"] != seed) for seed in seeds]
+    elif draws and len(seeds := indicators(table["seed"])) > 2:     # two say next to nothing
+        tables["seeds"] = [take(table, ~rows) for rows in seeds]
         if "people" in table and y == "loss":      # (n, people): each run's loss on each of them
             tables["people"] = [{**table, y: np.delete(table["people"], person, 1).mean(1)}
                                 for person in range(table["people"].shape[1])]
@@ -208,15 +211,15 @@ def largest(table, x):
 def hold_out(table, law, y, x):
     """The largest x, predicted by the same law fitted to the other rows."""
     top = largest(table, x)
-    rows, seeds = take(table, top), table.get("seed", top)[top]
+    rows = take(table, top)
     predicted = fit(take(table, ~top), law.shape, y, law).loss(rows)
-    error = abs(predicted / rows[y] - 1)
-    return {"measured": rows[y], "predicted": predicted, "error": error,
-            "error_of_seed": np.array([error[seeds == seed].mean() for seed in np.unique(seeds)])}
+    return {"measured": rows[y], "predicted": predicted, "error": abs(predicted / rows[y] - 1),
+            "seed": table.get("seed", top)[top]}
 
 def predicts_worse(law, other, x):
     """Are its errors at the largest x larger than another law's? One-sided t at 5 % over seeds."""
-    excess = law.held[x]["error_of_seed"] - other.held[x]["error_of_seed"]
+    excess = law.held[x]["error"] - other.held[x]["error"]
+    excess = np.array([excess[rows].mean() for rows in indicators(law.held[x]["seed"])])
     if len(excess) < 3:
         return excess.mean() > 0
     return ttest_1samp(excess, 0, alternative="greater").pvalue < .05
@@ -307,10 +310,6 @@ def power_law(study, x):
     return verdict(f"a power law in {x}", "Exponent", lambda law: law.alpha(x), study.laws,
                    "positive", against, refuted)
 
-def indicators(values):
-    """Which rows have each of the different values, (different values, n)"""
-    return np.unique(values)[:, None] == values
-
 def regress(y, columns, groups):
     """Least-squares slopes of y on the columns, with a constant for each group."""
     return np.linalg.lstsq(np.vstack([*columns, *indicators(groups)]).T, y, rcond=None)[0]
@@ -335,7 +334,7 @@ def users_or_hours(study):
     return {
         "users_minus_hours_exponent": verdict(
             "users are worth more than hours per user", "Difference of the log-slopes",
-            partial(slopes_apart, y=study.y), study.tables),
+            lambda rows: slopes_apart(rows, study.y), study.tables),
         "twice_users_or_hours": verdict(
             "twice the users beat twice the hours", "At the centre of the grid, loss with twice "
             "the hours over loss with twice the users:", gain, study.laws, "ratio"),
@@ -344,25 +343,27 @@ def users_or_hours(study):
             lambda law: np.divide(*(law.alpha(x) + 1e-9 for x in DATA)),
             study.laws, "ratio")}
 
-def size_gap(table, y):
-    """How much more log loss a tenfold larger model saves per doubling of the total hours."""
-    sizes, same_draw = table["params_encoder"], labels(table, "{users} {cap} {seed}")
-    columns = [np.log10(sizes) * np.log2(table["hours"]), *indicators(sizes)[1:]]
-    return -regress(np.log(table[y]), columns, same_draw)[0]
-
 def interaction(study):
-    table, law, added = study.table, study.law, study.fits["M1, terms added"]
-    smallest = table["params_encoder"] == table["params_encoder"].min()
-    rows = take(table, np.isin(table["seed"], table["seed"][smallest]))    # seeds with all sizes
-    worse = any(predicts_worse(law, added, x) for x in law.held)
+    """How much more log loss a tenfold larger model saves per doubling of the total hours, among
+    the runs of one draw of users."""
+    table, sizes = study.table, study.table["params_encoder"]
+
+    def gain(rows):
+        sizes, same_draw = rows["params_encoder"], labels(rows, "{users} {cap} {seed}")
+        columns = [np.log10(sizes) * np.log2(rows["hours"]), *indicators(sizes)[1:]]
+        return -regress(np.log(rows[study.y]), columns, same_draw)[0]
+    complete = np.isin(table["seed"], table["seed"][sizes == sizes.min()])     # seeds: all sizes
+    added = study.fits["M1, terms added"]
+    worse = any(predicts_worse(study.law, added, x) for x in study.law.held)
     return verdict("larger models need more data", "What a tenfold model saves in log loss grows, "
-                   "per doubling of the hours in all, by", partial(size_gap, y=study.y),
-                   resampled(rows, study.y), against="; but uncoupled predicts better" * worse)
+                   "per doubling of the hours in all, by", gain, resampled(
+                       take(table, complete), study.y), "signed",
+                   "; but uncoupled predicts better" * worse)
 
 def capacity(law, plan):
     """The smallest model that no larger one beats by more than 1 %."""
     sizes = np.append(np.geomspace(1e2, 1e11, 2000), 1e30)
-    losses = law.loss({"params_encoder": sizes, **{x: np.full(2001, plan[x]) for x in plan}})
+    losses = law.loss({**plan, "params_encoder": sizes})
     return sizes[np.argmax(losses <= 1.01 * losses[-1])]
 
 def frontier(table):
@@ -409,8 +410,8 @@ def verdicts_of(study):
         verdicts["capacity_interaction"] = interaction(study)
     if "curve" in table:
         verdicts["compute_frontier"] = compute_frontier(study)
-    scores = [key for key in table if key.endswith("_macro_f1") and sum(table[key] >= 0) > 4]
-    return verdicts | {f"downstream_{key[:-9]}": downstream(study, key) for key in scores}
+    return verdicts | {f"downstream_{key[:-9]}": downstream(study, key) for key in table
+                       if key.endswith("_macro_f1") and sum(table[key] >= 0) > 4}
 
 # ---------------------------------------------------------------- tables
 def read_csv(path, needed):
@@ -454,11 +455,10 @@ def collect(folder, out):
             print(f"note: {cell.name} is not done and is left out")
             continue
         result, name = read_json(cell / "result.json"), {"name": cell.name}
-        for key in result["config"].keys() - MAY_DIFFER:
-            value = result["config"][key]
+        for key, value in result["config"].items():
             other = first.setdefault(key, value)
-            require(value == other, f"{folder} mixes configurations: {key} is {value} in "
-                    f"{cell.name}, and {other} in others: give each its own folder")
+            require(key in MAY_DIFFER or value == other, f"{folder} mixes configurations: {key} is "
+                    f"{value} in {cell.name}, and {other} in others: give each its own folder")
         row = {key: result[key] for key in result if not isinstance(result[key], (dict, list))}
         row["hours_cap"] = result["hours_cap"] or math.inf
         row |= {"person.{source}/{user}".format(**who): who["loss"] for who in result["people"]}
@@ -575,7 +575,7 @@ def recommend(path, plan):
     first, laws, verdicts = read_law(path)
     ranges = first["range"]
     plan = {x: value for x, value in plan.items() if x in ranges}
-    require(plan and set(ranges) <= set(FACTORS) and all(v and v > 0 for v in plan.values()),
+    require(set(ranges) <= set(FACTORS) and min(plan.values(), default=0) > 0,
             f"{path} has a law of {', '.join(ranges)}; --recommend needs one of users and hours, "
             "and --users and --hours-per-user above 0")
     if "params_encoder" in ranges:
@@ -625,7 +625,7 @@ def draw(title, x, y, groups, law=None, ax=None):
     ax = ax or panels(1)[0]
     ax.set(title=title, xlabel=LABELS.get(x, x), ylabel=LABELS.get(y, y))
     ax.spines[["top", "right"]].set_visible(False)
-    if x in (*FACTORS, "hours", "flops"):
+    if law:
         ax.set_xscale("log")
     if x in FACTORS:
         ticks = np.unique(np.concatenate([setting(rows, x) for rows in groups.values()]))
@@ -633,13 +633,12 @@ def draw(title, x, y, groups, law=None, ax=None):
         ax.minorticks_off()
     ends = []
     for (name, rows), colour in zip(groups.items(), COLOURS):
-        at, first = np.unique(setting(rows, x), return_index=True)
-        if law and len(at) < 2:
+        line = take(rows, np.unique(setting(rows, x), return_index=True)[1])
+        if law and len(line[x]) < 2:
             continue
         filled = np.where(rows.get("used", rows[x] > 0), colour, "white")
         ax.scatter(rows[x], rows[y], 12, filled, edgecolors=colour, linewidths=.7, label=name)
         if law:
-            line = take(rows, first)
             losses = law.loss(line)
             ax.plot(line[x], losses, color=colour)
             ends.append((losses[-1], line[x][-1], name, colour))
@@ -651,67 +650,64 @@ def draw(title, x, y, groups, law=None, ax=None):
         ax.legend(frameon=False)
     return ax
 
-def draw_grid(study):
-    """{name: axes}, of those factors that vary in the grid; all of its cells are shown."""
-    shown = study.shown
-    shown = take(shown, np.lexsort([shown[x] for x in FACTORS[::-1]]))
-    y, law, sizes = study.y, study.law, shown["params_encoder"]
+def figures(study):
+    """Yields (name, axes): of a grid those factors that vary, and all of its cells are shown."""
+    measured, law, y = study.table[study.y], study.law, study.y
+    fits = {"fitted to": {"measured": measured, "predicted": law.loss(study.table)}, **{
+        f"largest {LABELS.get(x, x)}, held out": rows for x, rows in law.held.items()}}
+    ax = draw("The law against the runs", "measured", "predicted", fits)
+    ax.axline([measured[0]] * 2, slope=1, color="black", lw=1)
+    yield "fit", ax
+    if "used" not in study.shown:        # no grid
+        return
+    shown = take(study.shown, np.lexsort([study.shown[x] for x in FACTORS[::-1]]))
+    sizes = shown["params_encoder"]
     main = take(shown, sizes == np.quantile(sizes, .5, method="nearest"))
-    views = {
-        "loss_vs_users": ("More people, as long each", "users", main, "{cap:.2g} h each"),
-        "users_vs_hours": ("As many hours, of more people", "users", main, "{hours:.2g} h in all"),
-        "loss_vs_params": ("Larger models on the same data", "params_encoder", shown,
-                           "{users:g} users, {cap:.2g} h")}
-    axes = {}
-    for name, (title, x, rows, label) in views.items():
+    for name, title, x, rows, label in (
+            ("loss_vs_users", "More people, as long each", "users", main, "{cap:.2g} h each"),
+            ("users_vs_hours", "As many hours, of more people", "users", main,
+             "{hours:.2g} h in all"),
+            ("loss_vs_params", "Larger models on the same data", "params_encoder", shown,
+             "{users:g} users, {cap:.2g} h")):
         lines = {text: line for text, line in grouped(rows, label).items()
                  if np.ptp(setting(line, x))}              # a line takes two settings
         if lines and x in law.shape.columns:
-            axes[name] = draw(title, x, y, lines, law)
+            yield name, draw(title, x, y, lines, law)
     if "hours_per_user" in law.shape.columns:              # a panel for each number of users
         counts, models = np.unique(shown["users"]), grouped(shown, "{params_encoder:,.0f}")
         for users, ax in zip(counts, panels(len(counts))):
             rows = {size: take(runs, runs["users"] == users) for size, runs in models.items()}
-            axes["loss_vs_hours"] = draw(f"{users:g} users", "hours_per_user", y, rows, law, ax)
-            ax.label_outer()
-    for score in [key for key in shown if key.endswith("_macro_f1")]:
-        axes[score] = draw("A linear probe's score against the loss", y, score,
-                           grouped(shown, "{params_encoder:,.0f} parameters"))
+            draw(f"{users:g} users", "hours_per_user", y, rows, law, ax).label_outer()
+        yield "loss_vs_hours", ax
+    for score in shown:
+        if score.endswith("_macro_f1"):
+            yield score, draw("A linear probe's score against the loss", y, score,
+                              grouped(shown, "{params_encoder:,.0f} parameters"))
     if "curve" in shown:
         best = grouped(frontier(shown), "{params_encoder:,.0f} parameters")
-        axes["frontier"] = draw("The lowest loss for a given compute (grey: all evaluations)",
-                                "flops", "loss", best, frontier_law(shown))
-        axes["frontier"].plot(*np.hstack(list(shown["curve"])), ",", color="grey", zorder=0)
-    if law.shape.coupled and (fitting := draw_capacity(study)):
-        axes["capacity"] = fitting
-    return axes
+        ax = draw("The lowest loss for a given compute (grey: all evaluations)", "flops", "loss",
+                  best, frontier_law(shown))
+        ax.plot(*np.hstack(list(shown["curve"])), ",", color="grey", zorder=0)
+        yield "frontier", ax
+    if law.shape.coupled:
+        yield from capacity_figure(study)
 
-def draw_capacity(study):
+def capacity_figure(study):
     """The capacity that fits the data of each cell: a bar where its interval spans less than a
-    decade. None if there is no such cell."""
+    decade; no figure if there is no such cell."""
     bars = []
     for rows in grouped(study.table, "{users} {cap}").values():
         plan = {x: rows[x][0] for x in DATA}
         ci95 = estimate(lambda law: capacity(law, plan), study.laws, "ratio")["ci95"]
         if ci95 and ci95[1] < 10 * ci95[0]:
             bars.append(([rows["hours"][0]] * 2, ci95))
-    if not bars:
-        return None
-    ax = draw("The smallest model that no larger one beats by 1 %: bars of 95 %", "hours",
-              "params_encoder", {"runs": study.table})
-    for hours, ends in bars:
-        ax.plot(hours, ends, color=COLOURS[1], lw=3)
-    ax.set_yscale("log")
-    return ax
-
-def draw_fit(study):
-    """What the law says of the runs it was fitted to, and of those that were held out."""
-    measured = study.table[study.y]
-    ax = draw("The law against the runs", "measured", "predicted", {
-        "fitted to": {"measured": measured, "predicted": study.law.loss(study.table)},
-        **{f"largest {LABELS.get(x, x)}, held out": rows for x, rows in study.law.held.items()}})
-    ax.axline([measured[0]] * 2, slope=1, color="black", lw=1)
-    return ax
+    if bars:
+        ax = draw("The smallest model that no larger one beats by 1 %: bars of 95 %", "hours",
+                  "params_encoder", {"runs": study.table})
+        for hours, ends in bars:
+            ax.plot(hours, ends, color=COLOURS[1], lw=3)
+        ax.set(xscale="log", yscale="log")
+        yield "capacity", ax
 
 # ---------------------------------------------------------------- the command line
 def parse():
@@ -734,8 +730,8 @@ def parse():
         "leave more of the signal unexplained, on average over their seeds, have hardly learned "
         "and stay out of the law (default: 0.93)")
     add("--recommend", action="store_true", help="print capacity, loss, whom to record next, for:")
-    add("--users", type=float, help="users in the plan")
-    add("--hours-per-user", type=float, help="hours recorded of each")
+    add("--users", type=float, default=0, help="users in the plan")
+    add("--hours-per-user", type=float, default=0, help="hours recorded of each")
     add("--predict", metavar="CSV", help="write prediction.json for these cells (name, factors), "
         "or outcome.json with the errors if they have a measured loss")
     a = p.parse_args()
@@ -760,8 +756,7 @@ def main():
     verdicts, entries = verdicts_of(study), [entry(study, name) for name in study.fits]
     write_json(a.out / "laws.json",
                {"laws": entries, "verdicts": verdicts, "provenance": provenance()})
-    axes = {} if a.x else draw_grid(study)
-    for name, ax in {**axes, "fit": draw_fit(study)}.items():
+    for name, ax in figures(study):
         with replacing(a.out / f"{name}.png") as temporary:
             ax.figure.savefig(temporary, dpi=150)
     report(study, entries, verdicts)
