@@ -123,8 +123,9 @@ class Fit:
 def fit(table, shape, y, near=None):
     """Fit a shape to `table` {column: (n,)}; `near`, the fit to a similar table, saves time."""
     log_y, (T, k) = np.log(table[y]), shape.member.shape
-    if near:
-        fitted = replace(near, shape=shape)
+    starts = np.random.default_rng(0).random((48, T + k + 2)) * [.8, *[-3] * T, *[.8] * k, -1]
+    if near:                             # from `near` alone, the fit may stick
+        fitted, starts = replace(near, shape=shape), [near.theta, *starts[:2]]
     else:
         u = logs(table, shape)
         half = np.maximum(np.ptp(u, 1) / 2, .01)
@@ -133,10 +134,6 @@ def fit(table, shape, y, near=None):
     bounds = [(0, 10 * shape.floor), *[(-40, 40)] * T,
               *[(0, .999 if shape.curve == ("logarithm", x) else 20) for x in shape.x],
               (-3 * shape.coupled, 1.6 * shape.coupled)]
-    signs = [.8, *[-3] * T, *[.8] * k, -1]
-    starts = np.random.default_rng(0).random((48, T + k + 2)) * signs
-    if near:
-        starts = [near.theta, *starts[:2]]       # from `near` alone, the fit may stick
     for steps in (15, 3000):             # all starts briefly, then the best four to the end
         options = {"maxiter": steps, "ftol": 1e-11, "gtol": 1e-6, "maxcor": 20}
         ends = [minimize(objective, start, problem, "L-BFGS-B", True, bounds=bounds,
@@ -267,7 +264,7 @@ def analyse(shown, terms, a):
             f"{', '.join(shape.x)}: it needs {least}, add runs")
     columns = [x for x in dict.fromkeys([a.holdout, *shape.columns])
                if x and sum(~largest(table, x)) >= least]
-    require(not a.holdout or a.holdout in columns,
+    require(a.holdout in (None, *columns),
             f"{a.target} has too few rows left without the largest {a.holdout}: add runs")
     fits = {name: fit(table, candidate, a.y) for name, candidate in shapes.items()}
     for fitted in fits.values():
@@ -700,17 +697,17 @@ def capacity_figure(study):
         plan = {x: rows[x][0] for x in DATA}
         ci95 = estimate(lambda law: capacity(law, plan), study.laws, "ratio")["ci95"]
         if ci95 and ci95[1] < 10 * ci95[0]:
-            bars.append(([rows["hours"][0]] * 2, ci95))
+            bars.append((rows["hours"][0], *ci95))
     if bars:
         ax = draw("The smallest model that no larger one beats by 1 %: bars of 95 %", "hours",
                   "params_encoder", {"runs": study.table})
-        for hours, ends in bars:
-            ax.plot(hours, ends, color=COLOURS[1], lw=3)
+        hours, *ends = zip(*bars)
+        ax.plot([hours, hours], ends, color=COLOURS[1], lw=3)
         ax.set(xscale="log", yscale="log")
         yield "capacity", ax
 
 # ---------------------------------------------------------------- the command line
-def parse():
+def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
@@ -737,10 +734,6 @@ def parse():
     a = p.parse_args()
     require(a.bootstrap >= 0 and (a.out or a.recommend or a.predict),
             "give --out a folder to write to, and --bootstrap a number of 0 or more")
-    return a
-
-def main():
-    a = parse()
     if a.recommend:
         return recommend(a.target, {x: vars(a)[x] for x in DATA})
     if a.predict:
