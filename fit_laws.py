@@ -307,9 +307,10 @@ def power_law(study, x):
     return verdict(f"a power law in {x}", "Exponent", lambda law: law.alpha(x), study.laws,
                    "positive", against, refuted)
 
-def regress(y, columns, groups):
-    """Least-squares slopes of y on the columns, with a constant for each group."""
-    return np.linalg.lstsq(np.vstack([*columns, *indicators(groups)]).T, y, rcond=None)[0]
+def slope(table, y, columns, groups):
+    """Least squares of log y on the columns and a constant for each group: the first slope."""
+    columns = np.vstack([*columns, *indicators(groups)]).T
+    return np.linalg.lstsq(columns, np.log(table[y]), rcond=None)[0][0]
 
 def slopes_apart(table, y):
     """Users' log-slope minus hours', positive where users are worth more: the mean over seeds. At
@@ -319,7 +320,7 @@ def slopes_apart(table, y):
     for rows in grouped(table, "{seed}").values():
         total, sizes = np.log(rows["hours"]), rows["params_encoder"]
         columns = [np.log(rows["users"]), total ** 2, *total * indicators(sizes)]
-        apart.append(-regress(np.log(rows[y]), columns, sizes)[0])
+        apart.append(-slope(rows, y, columns, sizes))
     return np.mean(apart)
 
 def users_or_hours(study):
@@ -348,7 +349,7 @@ def interaction(study):
     def gain(rows):
         sizes, same_draw = rows["params_encoder"], labels(rows, "{users} {cap} {seed}")
         columns = [np.log10(sizes) * np.log2(rows["hours"]), *indicators(sizes)[1:]]
-        return -regress(np.log(rows[study.y]), columns, same_draw)[0]
+        return -slope(rows, study.y, columns, same_draw)
     complete = np.isin(table["seed"], table["seed"][sizes == sizes.min()])     # seeds: all sizes
     added = study.fits["M1, terms added"]
     worse = any(predicts_worse(study.law, added, x) for x in study.law.held)
@@ -379,8 +380,8 @@ def frontier_law(table):
 
 def compute_frontier(study):
     points, law = frontier(study.shown), frontier_law(study.shown)
-    flops, sizes = np.log(points["flops"]), np.log(points["params_encoder"])
-    size = regress(sizes, [flops], np.ones_like(flops))[0]
+    flops = np.log(points["flops"])
+    size = slope(points, "params_encoder", [flops], flops > 0)           # all are one group
     return {**law.numbers(), "size_exponent": size, "points": points, **verdict(
         "the lowest loss is a power law in compute", f"Size grows as flops^{size:.2f}; exponent",
         lambda table: frontier_law(table).alpha("flops"), resampled(study.shown, ""), "positive")}
