@@ -573,7 +573,7 @@ def recommend(path, plan):
     first, laws, verdicts = read_law(path)
     ranges = first["range"]
     plan = {x: value for x, value in plan.items() if x in ranges}
-    require(set(ranges) <= set(FACTORS) and min(plan.values(), default=0) > 0,
+    require(plan and set(ranges) <= set(FACTORS) and all(value > 0 for value in plan.values()),
             f"{path} has a law of {', '.join(ranges)}; --recommend needs one of users and hours, "
             "and --users and --hours-per-user above 0")
     if "params_encoder" in ranges:
