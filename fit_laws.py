@@ -16,9 +16,7 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")     # before numpy: small matrices, idle threads
 import argparse, csv, json, math
 from collections import namedtuple
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -55,17 +53,20 @@ def logs(table, shape):
     if shape.enough:
         hours = 1 / (1 / table["hours_per_user"] + 1 / shape.enough)
         table = {**table, "data": table["users"] * hours}
-    return np.array([table[x] if shape.curve == ("exponential", x) else np.log(table[x])
-                     for x in shape.x])
+    return np.array(np.broadcast_arrays(*[
+        table[x] if shape.curve == ("exponential", x) else np.log(table[x]) for x in shape.x]))
+
+def parts(theta, shape):
+    """Of theta = E, a_1 ..., alpha_1 ..., log delta: E, a (terms,), alpha (k,) and delta."""
+    T = len(shape.terms)
+    return theta[0], theta[1:1 + T], theta[1 + T:-1], math.exp(theta[-1])
 
 def law(theta, u, shape):
     """The loss (n,) at the scaled logs u (k, n) of the factors, and its slopes by theta (P, n).
 
     loss = E + (sum over terms t of exp(z_t))^delta,  delta z_t = a_t - sum_i alpha_i u_i
-    theta = E, a_1 ..., alpha_1 ..., log delta
     """
-    T = len(shape.terms)
-    E, a, alpha, delta = theta[0], theta[1:1 + T], theta[1 + T:-1], math.exp(theta[-1])
+    E, a, alpha, delta = parts(theta, shape)
     bends, slopes = -alpha[:, None] * u, -u
     if "logarithm" in shape.curve:       # 1 - alpha u in place of exp(-alpha u)
         i = shape.x.index(shape.curve[1])
@@ -111,31 +112,28 @@ class Fit:
 
     def numbers(self):
         """E, A, alpha, delta of E + (sum over terms of A times each x^-(alpha / delta))^delta."""
-        T, delta = len(self.shape.terms), math.exp(self.theta[-1])
-        alpha = self.theta[1 + T:-1] / self.half
-        a = self.theta[1:1 + T] + self.shape.member @ (alpha * self.middle) + math.log(self.unit)
+        E, a, alpha, delta = parts(self.theta, self.shape)
+        alpha = alpha / self.half
+        a = a + self.shape.member @ (alpha * self.middle) + math.log(self.unit)
         A = np.exp(np.clip(a / delta, -700, 700))
-        numbers = {"E": self.unit * self.theta[0], "A": A, "alpha": alpha}
+        numbers = {"E": self.unit * E, "A": A, "alpha": alpha}
         return {**numbers, "delta": delta} if self.shape.coupled else numbers
 
 @np.errstate(all="ignore")               # trial steps may overflow
 def fit(table, shape, y, near=None):
     """Fit a shape to `table` {column: (n,)}; `near`, the fit to a similar table, saves time."""
     log_y, (T, k) = np.log(table[y]), shape.member.shape
-    if near:
-        fitted = replace(near, shape=shape)
+    starts = np.random.default_rng(0).random((48, T + k + 2)) * [.8, *[-3] * T, *[.8] * k, -1]
+    if near:                             # from `near` alone, the fit may stick
+        fitted, starts = replace(near, shape=shape), [near.theta, *starts[:2]]
     else:
         u = logs(table, shape)
         half = np.maximum(np.ptp(u, 1) / 2, .01)
         fitted = Fit(shape, None, (u.max(1) + u.min(1)) / 2, half, math.exp(log_y.mean()))
     problem = fitted.scaled(table), log_y - math.log(fitted.unit), shape
-    steepest = [.999 if shape.curve == ("logarithm", x) else 20 for x in shape.x]
-    bounds = [(0, 10 * shape.floor), *[(-40, 40)] * T, *[(0, alpha) for alpha in steepest],
+    bounds = [(0, 10 * shape.floor), *[(-40, 40)] * T,
+              *[(0, .999 if shape.curve == ("logarithm", x) else 20) for x in shape.x],
               (-3 * shape.coupled, 1.6 * shape.coupled)]
-    signs = [.8, *[-3] * T, *[.8] * k, -1]
-    starts = np.random.default_rng(0).uniform(0, 1, (48, T + k + 2)) * signs
-    if near:
-        starts = [near.theta, *starts[:2]]       # from `near` alone, the fit may stick
     for steps in (15, 3000):             # all starts briefly, then the best four to the end
         options = {"maxiter": steps, "ftol": 1e-11, "gtol": 1e-6, "maxcor": 20}
         ends = [minimize(objective, start, problem, "L-BFGS-B", True, bounds=bounds,
@@ -159,16 +157,20 @@ SCALES = {"ratio": (np.log, np.exp),     # where an interval is symmetric, and b
 def take(table, rows):
     return {name: values[rows] for name, values in table.items()}
 
+def indicators(values):
+    """For each different value, the rows that have it: (different values, n)"""
+    return np.unique(values)[:, None] == values
+
 def resampled(table, y, draws=1):
     """{"whole": [table], ...: the tables that intervals are made from}. Runs of one seed share
     people, so each whole seed is left out in turn, and so is each held-out person. Without a
     column `seed`, rows are drawn with replacement."""
-    tables, seeds = {"whole": [table]}, np.unique(table.get("seed", []))
+    tables = {"whole": [table]}
     if draws and "seed" not in table:
         rng, n = np.random.default_rng(0), len(table[y])
         tables["rows"] = [take(table, rng.integers(n, size=n)) for _ in range(draws)]
-    elif draws and len(seeds) > 2:       # two seeds say next to nothing about the spread of seeds
-        tables["seeds"] = [take(table, table["seed"] != seed) for seed in seeds]
+    elif draws and len(seeds := indicators(table["seed"])) > 2:     # two say next to nothing
+        tables["seeds"] = [take(table, ~rows) for rows in seeds]
         if "people" in table and y == "loss":      # (n, people): each run's loss on each of them
             tables["people"] = [{**table, y: np.delete(table["people"], person, 1).mean(1)}
                                 for person in range(table["people"].shape[1])]
@@ -200,34 +202,31 @@ def setting(table, x):
 def largest(table, x):
     """Rows of the largest x: of a grid its largest setting, else the top tenth."""
     values = setting(table, x)
-    if "cap" in table:
-        return values == values.max()
-    return values >= min(values.max() / 1.1, np.quantile(values, .9))
+    tenth = min(values.max() / 1.1, np.quantile(values, .9))
+    return values >= (values.max() if "cap" in table else tenth)
 
 def hold_out(table, law, y, x):
     """The largest x, predicted by the same law fitted to the other rows."""
     top = largest(table, x)
-    rows, seeds = take(table, top), table.get("seed", top)[top]
+    rows = take(table, top)
     predicted = fit(take(table, ~top), law.shape, y, law).loss(rows)
-    error = abs(predicted / rows[y] - 1)
-    return {"measured": rows[y], "predicted": predicted, "error": error,
-            "error_of_seed": np.array([error[seeds == seed].mean() for seed in np.unique(seeds)])}
+    return {"measured": rows[y], "predicted": predicted, "error": abs(predicted / rows[y] - 1),
+            "seed": table.get("seed", top)[top]}
 
 def predicts_worse(law, other, x):
     """Are its errors at the largest x larger than another law's? One-sided t at 5 % over seeds."""
-    excess = law.held[x]["error_of_seed"] - other.held[x]["error_of_seed"]
+    excess = law.held[x]["error"] - other.held[x]["error"]
+    excess = np.array([excess[rows].mean() for rows in indicators(law.held[x]["seed"])])
     if len(excess) < 3:
         return excess.mean() > 0
     return ttest_1samp(excess, 0, alternative="greater").pvalue < .05
 
 # ---------------------------------------------------------------- the shapes that are compared
 def candidates(table, terms, a):
-    """{name: shape}, the law first: of a grid the coupled one, or the one that --law names."""
+    """{name: shape}, the law first: the one that --law names, or a grid's coupled one, or M1."""
     added, grid = Shape(terms, not a.no_floor), "cap" in table
-    shapes = {"M1, terms added": added}
-    if len(terms) > 1:
-        coupled = {"M2, terms coupled": replace(added, coupled=True)}
-        shapes = coupled | shapes if grid else shapes | coupled
+    shapes = {"M2, terms coupled": replace(added, coupled=True)} if len(terms) > 1 else {}
+    shapes["M1, terms added"] = added
     if grid and DATA in terms:
         hours = replace(added, terms=(("data",), *terms[1:]), enough=1e9)
         near, each = fit(table, hours, a.y), table["hours_per_user"]
@@ -238,7 +237,7 @@ def candidates(table, terms, a):
                    "MA, a term for each factor": replace(added, terms=tuple((x,) for x in added.x)),
                    "MC, hours of a person count less and less": fewer,
                    "MC, coupled": replace(fewer, coupled=len(terms) > 1)}
-    first = [name for name in shapes if name.startswith(a.law)]
+    first = [name for name in shapes if name.startswith(a.law or "M1" * (not grid))]
     require(first, f"--law {a.law}: name one of {', '.join(shapes)}")
     law = shapes[first[0]]
     shapes = {first[0]: law} | shapes
@@ -253,29 +252,27 @@ def analyse(shown, terms, a):
     the held-out ones; resample."""
     table = take(shown, shown.get("used", slice(None)))
     fixed = [x for x in sum(terms, ()) if len(np.unique(setting(table, x))) < 3]
-    varied = [tuple(x for x in term if x not in fixed) for term in terms]
-    terms = tuple(filter(None, varied))
+    terms = tuple(filter(None, [tuple(x for x in term if x not in fixed) for term in terms]))
     require(not fixed or terms and "cap" in table,
             f"{a.target} has too few values of {', '.join(fixed)}: an exponent needs 3, add runs")
     for x in fixed:
         print(f"note: {x} is left out of the law: an exponent needs 3 settings of it")
     shapes = candidates(table, terms, a)
-    name, shape = next(iter(shapes.items()))
+    shape, *_ = shapes.values()
     n, least = len(table[a.y]), max(5, *(shape.parameters for shape in shapes.values()))
     require(n >= least, f"{a.target} has {n} rows, which are too few for a law of "
             f"{', '.join(shape.x)}: it needs {least}, add runs")
-    columns = [x for x in dict.fromkeys([a.holdout or shape.columns[0], *shape.columns])
-               if sum(~largest(table, x)) >= least]
-    require(not a.holdout or a.holdout in columns,
+    columns = [x for x in dict.fromkeys([a.holdout, *shape.columns])
+               if x and sum(~largest(table, x)) >= least]
+    require(a.holdout in (None, *columns),
             f"{a.target} has too few rows left without the largest {a.holdout}: add runs")
     fits = {name: fit(table, candidate, a.y) for name, candidate in shapes.items()}
     for fitted in fits.values():
         fitted.held = {x: hold_out(table, fitted, a.y, x) for x in columns}
+    law, *_ = fits.values()
     tables = resampled(table, a.y, a.bootstrap)
-    with ProcessPoolExecutor(2) as pool:
-        again = partial(fit, shape=shape, y=a.y, near=fits[name])
-        laws = {kind: list(pool.map(again, tables[kind], chunksize=8)) for kind in tables}
-    return Study(shown, table, a.y, fits[name], fits, tables, laws | {"whole": [fits[name]]})
+    laws = {kind: [fit(rows, shape, a.y, law) for rows in tables[kind]] for kind in tables}
+    return Study(shown, table, a.y, law, fits, tables, laws | {"whole": [law]})
 
 # ---------------------------------------------------------------- verdicts
 def span(ci95):
@@ -310,10 +307,10 @@ def power_law(study, x):
     return verdict(f"a power law in {x}", "Exponent", lambda law: law.alpha(x), study.laws,
                    "positive", against, refuted)
 
-def regress(y, columns, groups):
-    """Least-squares slopes of y on the columns, with a constant for each group."""
-    constants = groups[:, None] == np.unique(groups)
-    return np.linalg.lstsq(np.column_stack([*columns, constants]), y, rcond=None)[0]
+def slope(table, y, columns, groups):
+    """Least squares of log y on the columns and a constant for each group: the first slope."""
+    columns = np.vstack([*columns, *indicators(groups)]).T
+    return np.linalg.lstsq(columns, np.log(table[y]), rcond=None)[0][0]
 
 def slopes_apart(table, y):
     """Users' log-slope minus hours', positive where users are worth more: the mean over seeds. At
@@ -322,9 +319,8 @@ def slopes_apart(table, y):
     apart = []
     for rows in grouped(table, "{seed}").values():
         total, sizes = np.log(rows["hours"]), rows["params_encoder"]
-        by_size = total * (sizes == np.unique(sizes)[:, None])
-        columns = [np.log(rows["users"]), total ** 2, *by_size]
-        apart.append(-regress(np.log(rows[y]), columns, sizes)[0])
+        columns = [np.log(rows["users"]), total ** 2, *total * indicators(sizes)]
+        apart.append(-slope(rows, y, columns, sizes))
     return np.mean(apart)
 
 def users_or_hours(study):
@@ -336,34 +332,36 @@ def users_or_hours(study):
     return {
         "users_minus_hours_exponent": verdict(
             "users are worth more than hours per user", "Difference of the log-slopes",
-            partial(slopes_apart, y=study.y), study.tables),
+            lambda rows: slopes_apart(rows, study.y), study.tables),
         "twice_users_or_hours": verdict(
             "twice the users beat twice the hours", "At the centre of the grid, loss with twice "
             "the hours over loss with twice the users:", gain, study.laws, "ratio"),
         "exponent_ratio": verdict(
             "the next hour is worth more from a new user than from the same users", "Ratio a/b",
-            lambda law: (law.alpha("users") + 1e-9) / (law.alpha("hours_per_user") + 1e-9),
+            lambda law: np.divide(*(law.alpha(x) + 1e-9 for x in DATA)),
             study.laws, "ratio")}
 
-def size_gap(table, y):
-    """How much more log loss a tenfold larger model saves per doubling of the total hours."""
-    sizes, same_draw = table["params_encoder"], labels(table, "{users} {cap} {seed}")
-    columns = [np.log10(sizes) * np.log2(table["hours"]), *(sizes == np.unique(sizes)[1:, None])]
-    return -regress(np.log(table[y]), columns, same_draw)[0]
-
 def interaction(study):
-    table, law, added = study.table, study.law, study.fits["M1, terms added"]
-    smallest = table["params_encoder"] == table["params_encoder"].min()
-    rows = take(table, np.isin(table["seed"], table["seed"][smallest]))    # seeds with all sizes
-    worse = any(predicts_worse(law, added, x) for x in law.held)
+    """How much more log loss a tenfold larger model saves per doubling of the total hours, among
+    the runs of one draw of users."""
+    table, sizes = study.table, study.table["params_encoder"]
+
+    def gain(rows):
+        sizes, same_draw = rows["params_encoder"], labels(rows, "{users} {cap} {seed}")
+        columns = [np.log10(sizes) * np.log2(rows["hours"]), *indicators(sizes)[1:]]
+        return -slope(rows, study.y, columns, same_draw)
+    complete = np.isin(table["seed"], table["seed"][sizes == sizes.min()])     # seeds: all sizes
+    added = study.fits["M1, terms added"]
+    worse = any(predicts_worse(study.law, added, x) for x in study.law.held)
     return verdict("larger models need more data", "What a tenfold model saves in log loss grows, "
-                   "per doubling of the hours in all, by", partial(size_gap, y=study.y),
-                   resampled(rows, study.y), against="; but uncoupled predicts better" * worse)
+                   "per doubling of the hours in all, by", gain, resampled(
+                       take(table, complete), study.y), "signed",
+                   "; but uncoupled predicts better" * worse)
 
 def capacity(law, plan):
     """The smallest model that no larger one beats by more than 1 %."""
     sizes = np.append(np.geomspace(1e2, 1e11, 2000), 1e30)
-    losses = law.loss({"params_encoder": sizes, **{x: np.full(2001, plan[x]) for x in plan}})
+    losses = law.loss({**plan, "params_encoder": sizes})
     return sizes[np.argmax(losses <= 1.01 * losses[-1])]
 
 def frontier(table):
@@ -372,8 +370,8 @@ def frontier(table):
     runs = table["curve"]                # per run an array (2, evaluations): flops, loss
     budgets = np.geomspace(min(flops[loss.argmin()] for flops, loss in runs[table["used"]]),
                            max(flops[-1] for flops, _ in runs), 60)
-    losses = np.array([np.append(np.inf, np.minimum.accumulate(loss))[
-        np.searchsorted(flops, budgets, side="right")] for flops, loss in runs])
+    losses = np.array([[loss[flops <= budget].min(initial=np.inf) for budget in budgets]
+                       for flops, loss in runs])
     sizes = table["params_encoder"][losses.argmin(0)]
     return {"flops": budgets, "loss": losses.min(0), "params_encoder": sizes}
 
@@ -382,8 +380,8 @@ def frontier_law(table):
 
 def compute_frontier(study):
     points, law = frontier(study.shown), frontier_law(study.shown)
-    flops, sizes = np.log(points["flops"]), np.log(points["params_encoder"])
-    size = regress(sizes, [flops], np.ones_like(flops))[0]
+    flops = np.log(points["flops"])
+    size = slope(points, "params_encoder", [flops], flops > 0)           # all are one group
     return {**law.numbers(), "size_exponent": size, "points": points, **verdict(
         "the lowest loss is a power law in compute", f"Size grows as flops^{size:.2f}; exponent",
         lambda table: frontier_law(table).alpha("flops"), resampled(study.shown, ""), "positive")}
@@ -410,8 +408,8 @@ def verdicts_of(study):
         verdicts["capacity_interaction"] = interaction(study)
     if "curve" in table:
         verdicts["compute_frontier"] = compute_frontier(study)
-    scores = [key for key in table if key.endswith("_macro_f1") and sum(table[key] >= 0) > 4]
-    return verdicts | {f"downstream_{key[:-9]}": downstream(study, key) for key in scores}
+    return verdicts | {f"downstream_{key[:-9]}": downstream(study, key) for key in table
+                       if key.endswith("_macro_f1") and sum(table[key] >= 0) > 4}
 
 # ---------------------------------------------------------------- tables
 def read_csv(path, needed):
@@ -455,11 +453,10 @@ def collect(folder, out):
             print(f"note: {cell.name} is not done and is left out")
             continue
         result, name = read_json(cell / "result.json"), {"name": cell.name}
-        for key in result["config"].keys() - MAY_DIFFER:
-            value = result["config"][key]
+        for key, value in result["config"].items():
             other = first.setdefault(key, value)
-            require(value == other, f"{folder} mixes configurations: {key} is {value} in "
-                    f"{cell.name}, and {other} in others: give each its own folder")
+            require(key in MAY_DIFFER or value == other, f"{folder} mixes configurations: {key} is "
+                    f"{value} in {cell.name}, and {other} in others: give each its own folder")
         row = {key: result[key] for key in result if not isinstance(result[key], (dict, list))}
         row["hours_cap"] = result["hours_cap"] or math.inf
         row |= {"person.{source}/{user}".format(**who): who["loss"] for who in result["people"]}
@@ -502,7 +499,7 @@ def read_grid(path, needed, a):
         points = np.array([curves["flops"], curves["loss"]])
         runs = [points[:, curves["name"] == name] for name in names]     # (2, evaluations) each
         if all(run.size for run in runs):
-            table["curve"] = np.fromiter(runs, object, len(names))
+            table["curve"] = np.fromiter(runs, object)
     group, capped = labels(table, "{users} {cap} {params_encoder}"), table["converged"] == "False"
     require(a.converged_only or not capped.any(), f"{', '.join(names[capped])} did not converge: "
             "continue them with more --steps, or leave them out by --converged-only")
@@ -576,7 +573,7 @@ def recommend(path, plan):
     first, laws, verdicts = read_law(path)
     ranges = first["range"]
     plan = {x: value for x, value in plan.items() if x in ranges}
-    require(plan and set(ranges) <= set(FACTORS) and all(v and v > 0 for v in plan.values()),
+    require(plan and set(ranges) <= set(FACTORS) and all(value > 0 for value in plan.values()),
             f"{path} has a law of {', '.join(ranges)}; --recommend needs one of users and hours, "
             "and --users and --hours-per-user above 0")
     if "params_encoder" in ranges:
@@ -626,7 +623,7 @@ def draw(title, x, y, groups, law=None, ax=None):
     ax = ax or panels(1)[0]
     ax.set(title=title, xlabel=LABELS.get(x, x), ylabel=LABELS.get(y, y))
     ax.spines[["top", "right"]].set_visible(False)
-    if x in (*FACTORS, "hours", "flops"):
+    if law:
         ax.set_xscale("log")
     if x in FACTORS:
         ticks = np.unique(np.concatenate([setting(rows, x) for rows in groups.values()]))
@@ -634,13 +631,12 @@ def draw(title, x, y, groups, law=None, ax=None):
         ax.minorticks_off()
     ends = []
     for (name, rows), colour in zip(groups.items(), COLOURS):
-        at, first = np.unique(setting(rows, x), return_index=True)
-        if law and len(at) < 2:
+        line = take(rows, np.unique(setting(rows, x), return_index=True)[1])
+        if law and len(line[x]) < 2:
             continue
         filled = np.where(rows.get("used", rows[x] > 0), colour, "white")
         ax.scatter(rows[x], rows[y], 12, filled, edgecolors=colour, linewidths=.7, label=name)
         if law:
-            line = take(rows, first)
             losses = law.loss(line)
             ax.plot(line[x], losses, color=colour)
             ends.append((losses[-1], line[x][-1], name, colour))
@@ -652,70 +648,67 @@ def draw(title, x, y, groups, law=None, ax=None):
         ax.legend(frameon=False)
     return ax
 
-def draw_grid(study):
-    """{name: axes}, of those factors that vary in the grid; all of its cells are shown."""
-    shown = study.shown
-    shown = take(shown, np.lexsort([shown[x] for x in FACTORS[::-1]]))
-    y, law, sizes = study.y, study.law, shown["params_encoder"]
+def figures(study):
+    """Yields (name, axes): of a grid those factors that vary, and all of its cells are shown."""
+    measured, law, y = study.table[study.y], study.law, study.y
+    fits = {"fitted to": {"measured": measured, "predicted": law.loss(study.table)}, **{
+        f"largest {LABELS.get(x, x)}, held out": rows for x, rows in law.held.items()}}
+    ax = draw("The law against the runs", "measured", "predicted", fits)
+    ax.axline([measured[0]] * 2, slope=1, color="black", lw=1)
+    yield "fit", ax
+    if "used" not in study.shown:        # no grid
+        return
+    shown = take(study.shown, np.lexsort([study.shown[x] for x in FACTORS[::-1]]))
+    sizes = shown["params_encoder"]
     main = take(shown, sizes == np.quantile(sizes, .5, method="nearest"))
-    views = {
-        "loss_vs_users": ("More people, as long each", "users", main, "{cap:.2g} h each"),
-        "users_vs_hours": ("As many hours, of more people", "users", main, "{hours:.2g} h in all"),
-        "loss_vs_params": ("Larger models on the same data", "params_encoder", shown,
-                           "{users:g} users, {cap:.2g} h")}
-    axes = {}
-    for name, (title, x, rows, label) in views.items():
+    for name, title, x, rows, label in (
+            ("loss_vs_users", "More people, as long each", "users", main, "{cap:.2g} h each"),
+            ("users_vs_hours", "As many hours, of more people", "users", main,
+             "{hours:.2g} h in all"),
+            ("loss_vs_params", "Larger models on the same data", "params_encoder", shown,
+             "{users:g} users, {cap:.2g} h")):
         lines = {text: line for text, line in grouped(rows, label).items()
                  if np.ptp(setting(line, x))}              # a line takes two settings
         if lines and x in law.shape.columns:
-            axes[name] = draw(title, x, y, lines, law)
+            yield name, draw(title, x, y, lines, law)
     if "hours_per_user" in law.shape.columns:              # a panel for each number of users
         counts, models = np.unique(shown["users"]), grouped(shown, "{params_encoder:,.0f}")
         for users, ax in zip(counts, panels(len(counts))):
             rows = {size: take(runs, runs["users"] == users) for size, runs in models.items()}
-            axes["loss_vs_hours"] = draw(f"{users:g} users", "hours_per_user", y, rows, law, ax)
-            ax.label_outer()
-    for score in [key for key in shown if key.endswith("_macro_f1")]:
-        axes[score] = draw("A linear probe's score against the loss", y, score,
-                           grouped(shown, "{params_encoder:,.0f} parameters"))
+            draw(f"{users:g} users", "hours_per_user", y, rows, law, ax).label_outer()
+        yield "loss_vs_hours", ax
+    for score in shown:
+        if score.endswith("_macro_f1"):
+            yield score, draw("A linear probe's score against the loss", y, score,
+                              grouped(shown, "{params_encoder:,.0f} parameters"))
     if "curve" in shown:
         best = grouped(frontier(shown), "{params_encoder:,.0f} parameters")
-        axes["frontier"] = draw("The lowest loss for a given compute (grey: all evaluations)",
-                                "flops", "loss", best, frontier_law(shown))
-        axes["frontier"].plot(*np.hstack(list(shown["curve"])), ",", color="grey", zorder=0)
-    if law.shape.coupled and len(study.laws) > 1 and (fitting := draw_capacity(study)):
-        axes["capacity"] = fitting
-    return axes
+        ax = draw("The lowest loss for a given compute (grey: all evaluations)", "flops", "loss",
+                  best, frontier_law(shown))
+        ax.plot(*np.hstack(list(shown["curve"])), ",", color="grey", zorder=0)
+        yield "frontier", ax
+    if law.shape.coupled:
+        yield from capacity_figure(study)
 
-def draw_capacity(study):
+def capacity_figure(study):
     """The capacity that fits the data of each cell: a bar where its interval spans less than a
-    decade. None if there is no such cell."""
+    decade; no figure if there is no such cell."""
     bars = []
     for rows in grouped(study.table, "{users} {cap}").values():
         plan = {x: rows[x][0] for x in DATA}
         ci95 = estimate(lambda law: capacity(law, plan), study.laws, "ratio")["ci95"]
         if ci95 and ci95[1] < 10 * ci95[0]:
-            bars.append(([rows["hours"][0]] * 2, ci95))
-    if not bars:
-        return None
-    ax = draw("The smallest model that no larger one beats by 1 %: bars of 95 %", "hours",
-              "params_encoder", {"runs": study.table})
-    for hours, ends in bars:
-        ax.plot(hours, ends, color=COLOURS[1], lw=3)
-    ax.set_yscale("log")
-    return ax
-
-def draw_fit(study):
-    """What the law says of the runs it was fitted to, and of those that were held out."""
-    measured = study.table[study.y]
-    ax = draw("The law against the runs", "measured", "predicted", {
-        "fitted to": {"measured": measured, "predicted": study.law.loss(study.table)},
-        **{f"largest {LABELS.get(x, x)}, held out": rows for x, rows in study.law.held.items()}})
-    ax.axline([measured[0]] * 2, slope=1, color="black", lw=1)
-    return ax
+            bars.append((rows["hours"][0], *ci95))
+    if bars:
+        ax = draw("The smallest model that no larger one beats by 1 %: bars of 95 %", "hours",
+                  "params_encoder", {"runs": study.table})
+        hours, *ends = zip(*bars)
+        ax.plot([hours, hours], ends, color=COLOURS[1], lw=3)
+        ax.set(xscale="log", yscale="log")
+        yield "capacity", ax
 
 # ---------------------------------------------------------------- the command line
-def parse():
+def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
@@ -735,17 +728,13 @@ def parse():
         "leave more of the signal unexplained, on average over their seeds, have hardly learned "
         "and stay out of the law (default: 0.93)")
     add("--recommend", action="store_true", help="print capacity, loss, whom to record next, for:")
-    add("--users", type=float, help="users in the plan")
-    add("--hours-per-user", type=float, help="hours recorded of each")
+    add("--users", type=float, default=0, help="users in the plan")
+    add("--hours-per-user", type=float, default=0, help="hours recorded of each")
     add("--predict", metavar="CSV", help="write prediction.json for these cells (name, factors), "
         "or outcome.json with the errors if they have a measured loss")
     a = p.parse_args()
     require(a.bootstrap >= 0 and (a.out or a.recommend or a.predict),
             "give --out a folder to write to, and --bootstrap a number of 0 or more")
-    return a
-
-def main():
-    a = parse()
     if a.recommend:
         return recommend(a.target, {x: vars(a)[x] for x in DATA})
     if a.predict:
@@ -761,8 +750,7 @@ def main():
     verdicts, entries = verdicts_of(study), [entry(study, name) for name in study.fits]
     write_json(a.out / "laws.json",
                {"laws": entries, "verdicts": verdicts, "provenance": provenance()})
-    axes = {} if a.x else draw_grid(study)
-    for name, ax in {**axes, "fit": draw_fit(study)}.items():
+    for name, ax in figures(study):
         with replacing(a.out / f"{name}.png") as temporary:
             ax.figure.savefig(temporary, dpi=150)
     report(study, entries, verdicts)
