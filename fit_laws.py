@@ -16,7 +16,9 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")     # before numpy: small matrices, idle threads
 import argparse, csv, json, math
 from collections import namedtuple
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -271,7 +273,9 @@ def analyse(shown, terms, a):
         fitted.held = {x: hold_out(table, fitted, a.y, x) for x in columns}
     law, *_ = fits.values()
     tables = resampled(table, a.y, a.bootstrap)
-    laws = {kind: [fit(rows, shape, a.y, law) for rows in tables[kind]] for kind in tables}
+    with ProcessPoolExecutor(2) as pool:
+        again = partial(fit, shape=shape, y=a.y, near=law)
+        laws = {kind: list(pool.map(again, tables[kind], chunksize=8)) for kind in tables}
     return Study(shown, table, a.y, law, fits, tables, laws | {"whole": [law]})
 
 # ---------------------------------------------------------------- verdicts
