@@ -22,6 +22,11 @@ def pytest_collection_modifyitems(config, items):
 def read(path):
     return json.loads(Path(path).read_text())
 
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """The test runs in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """The folder that a file's tests run in, with a small simulated set in data/."""
@@ -46,9 +51,10 @@ def run(monkeypatch, capfd):
 
 @pytest.fixture
 def refused(run):
-    """Run a command that has to end with status 2 and one sentence, which has these words."""
-    def call(line, words):
+    """Run a command that has to end with status 2 and one sentence, which has these words; `usage`:
+    after what argparse may say of the flags."""
+    def call(line, words, usage=False):
         status, printed, error = run(line)
-        sentences = error.splitlines()[-1:] if error.startswith("usage: ") else error.splitlines()
-        assert (status, printed, len(sentences)) == (2, "", 1) and words in sentences[0], error
+        lines = error.splitlines()[-1 if usage and error.startswith("usage: ") else 0:]
+        assert (status, printed, len(lines)) == (2, "", 1) and words in lines[0], error
     return call

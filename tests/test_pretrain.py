@@ -128,5 +128,5 @@ def test_a_run_ends_by_itself(run):
 def test_what_cannot_be_run_is_refused_in_a_sentence(refused, flag):
     option, value = flag.split()
     words = {"--heads": "heads", "--data": value}.get(option, option)
-    refused(f"{TINY} --out runs/refused {flag}", words)
+    refused(f"{TINY} --out runs/refused {flag}", words, usage=True)
     assert not Path("runs/refused").exists()
