@@ -4,7 +4,6 @@ movement, 20 times a second, in g and rad/s. Then what must never happen: window
 sensors out of step, half-made sets, archives that harm, people who are counted twice.
 """
 import http.server, json, os, shutil, subprocess, sys, threading, time, zipfile
-os.environ["OMP_NUM_THREADS"] = "1"                    # before numpy: waiting threads cost time
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +12,11 @@ import pytest
 import data
 from data import GRAVITY, UserError
 
-HERE = Path(__file__).resolve().parent.parent
-REAL = HERE.parent / "shared" / "data"
-needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="no real recordings in ../shared/data")
+REAL = Path(data.__file__).resolve().parents[1] / "shared/data"
 ONE, TWO = "0A986513-7828-4D53-AA1F-E02D6DF9561B", "1155FF54-63D3-4AB2-9863-8385D0BD0A13"
 POPULATION = dict(users=6, hours_per_user=0.1, spread=1.0, seed=0)
 FLAGS = {"folder": {"acc_unit": "g", "gyro_unit": "rad/s"}, "simulated": POPULATION}
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 def movement(t):
     """What every fixture recorded: acceleration in g, around 1 g of gravity, and rad/s; (n, 6)."""
@@ -29,12 +27,17 @@ def movement(t):
 def clock(seconds, rate, start=0.0):
     return start + np.arange(round(seconds * rate)) / rate
 
-def text(rows, separator=","):
-    return "".join(separator.join(map(str, row)) + "\n" for row in np.asarray(rows).tolist())
+def text(line, rows):
+    """An array as the text of a file, given how a row is written."""
+    return "".join(line % tuple(row) for row in rows)
+
+def new(path):
+    """The path of a file whose folder exists."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return Path(path)
 
 def write_zip(path, members, packing=zipfile.ZIP_DEFLATED):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w", packing) as z:
+    with zipfile.ZipFile(new(path), "w", packing) as z:
         for name, content in members.items():
             z.writestr(name, content)
     return path
@@ -45,10 +48,6 @@ def write_archive(raw, what, members, inner=None):
         packed = write_zip(raw / "inner.zip", members, zipfile.ZIP_LZMA)
         members = {inner: packed.read_bytes(), "README.txt": "x"}
     return write_zip(raw / data.SOURCES[what].archives[0].split("/")[-1], members)
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 def prepare(what, raw="raw", name=None, limit=None, force=False, **flags):
     settings = {"source": what, **FLAGS.get(what, {}), **flags, "limit_users": limit}
@@ -62,13 +61,13 @@ def files_in_data():
 def ucihar(raw):
     members, x = {}, movement(clock(2.56, 50))
     sensors = [f"{sensor}_{axis}" for sensor in ("total_acc", "body_gyro") for axis in "xyz"]
-    for split, subjects in (("train", [1, 1, 3]), ("test", [2, 2])):
-        folder = f"UCI HAR Dataset/{split}"
-        members[f"{folder}/subject_{split}.txt"] = text([[subject] for subject in subjects])
-        members[f"{folder}/y_{split}.txt"] = text([[i + 1] for i in range(len(subjects))])
+    for split, users, labels in (("train", [1, 1, 3], [1, 2, 3]), ("test", [2, 2], [1, 2])):
+        files = {"subject": text("%d\n", np.c_[users]), "y": text("%d\n", np.c_[labels])}
         for sensor, values in zip(sensors, x.T):
-            row = " ".join(f"{value: .7e}" for value in values)
-            members[f"{folder}/Inertial Signals/{sensor}_{split}.txt"] = f"{row}\n" * len(subjects)
+            window = text(" % .7e" * len(values) + "\n", [values])
+            files[f"Inertial Signals/{sensor}"] = window * len(users)
+        for name, content in files.items():
+            members[f"UCI HAR Dataset/{split}/{name}_{split}.txt"] = content
     write_archive(raw, "ucihar", members, "UCI HAR Dataset.zip")
 
 def wisdm(raw):
@@ -78,16 +77,16 @@ def wisdm(raw):
     sensors = ("accel", 0, 20, [0, 1, 2], GRAVITY), ("gyro", 0.37, 25, [3, 4, 5], 1)
     for sensor, late, rate, columns, unit in sensors:
         for user in (1600, 1601, 1602)[:3 if sensor == "accel" else 2]:
-            lines = []
+            content = ""
             for i, letter in enumerate("AB" if (user, sensor) != (1601, "gyro") else "A"):
                 t = clock(25, rate, 1000 * i + late)
                 rows = np.c_[np.round((252207 + t) * 1e9), movement(t)[:, columns] * unit]
-                new = [f"{user},{letter},%d,%.7g,%.7g,%.7g;\n" % tuple(row) for row in rows]
-                half = len(new) // 2 if (user, letter) == (1600, "A") else 0
-                lines += new[half:] + new[:half]
+                half = len(rows) // 2 if (user, letter) == (1600, "A") else 0
+                line = f"{user},{letter},%d,%.7g,%.7g,%.7g;\n"
+                content += text(line, np.roll(rows, half, axis=0))
             for device in ("phone", "watch"):
                 name = f"wisdm-dataset/raw/{device}/{sensor}/data_{user}_{sensor}_{device}.txt"
-                members[name] = "".join(lines)
+                members[name] = content
     write_archive(raw, "wisdm_phone", members, "wisdm-dataset.zip")
 
 def extrasensory(raw):
@@ -105,19 +104,18 @@ def extrasensory(raw):
                 a[:, 1:] *= 4 / unit
             elif i == 4:                               # too short
                 a, g = a[:300], g[:300]
-            for sensor, rows in (("raw_acc", a), ("proc_gyro", g)):
-                content = "".join("%.6f %.7g %.7g %.7g\n" % tuple(row) for row in rows)
+            for sensor, rows in (("raw_acc", a), ("proc_gyro", g))[:2 if i < 6 else 1]:
                 name = f"{sensor}/{user}/{1444079161 + 60 * i}.m_{sensor}.dat"
-                members[sensor][name] = content if (i, sensor) != (5, "raw_acc") else "nan\n"
-        del members["proc_gyro"][f"proc_gyro/{user}/{1444079161 + 360}.m_proc_gyro.dat"]
+                members[sensor][name] = text("%.6f %.7g %.7g %.7g\n", rows)
+        members["raw_acc"][f"raw_acc/{user}/{1444079161 + 300}.m_raw_acc.dat"] = "nan\n"
     for sensor in members:
         write_zip(raw / f"ExtraSensory.raw_measurements.{sensor}.zip", members[sensor])
 
 def motionsense(raw):
-    t = clock(25, 50)
-    x, zeros = movement(t), np.zeros((len(t), 3))
-    rows = text(np.c_[t, zeros, x[:, :3] - 1, x[:, 3:], zeros + 1])
-    write_archive(raw, "motionsense", {"A_DeviceMotion_data/wlk_7/sub_1.csv": ",header\n" + rows})
+    x = movement(clock(25, 50))
+    rows = np.c_[np.zeros((len(x), 4)), x[:, :3] - 1, x[:, 3:], np.ones((len(x), 3))]
+    content = ",header\n" + text("%.7g,".join([""] * 13) + "%.7g\n", rows)
+    write_archive(raw, "motionsense", {"A_DeviceMotion_data/wlk_7/sub_1.csv": content})
 
 FORMATS = {  # name: (writer, users, windows, labels, s from start to first window)
     "ucihar": (ucihar, ["1", "2", "3"], 5, set(data.UCIHAR[:3]), 0),
@@ -147,25 +145,23 @@ def test_every_format_comes_out_as_the_movement_that_was_recorded(what):
 
 # ---------------------------------------------------------------- own recordings
 def npz(path, x=None, rate=50, **more):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, signal=movement(clock(25, rate)) if x is None else x, rate=rate, **more)
+    np.savez(new(path), signal=movement(clock(25, rate)) if x is None else x, rate=rate, **more)
 
-def table(path, t, x, **more):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    header = ",".join(["t", "ax", "ay", "az", "gx", "gy", "gz"][:1 + x.shape[1]] + list(more))
-    rows = text(np.column_stack([t, x, *more.values()]))
-    path.write_text(f"{header}\n{rows}")
+def table(path, t, x, label=None):
+    columns = ["t", "ax", "ay", "az", "gx", "gy", "gz"][:1 + x.shape[1]] + ["label"] * bool(label)
+    line = ",".join(["%.17g"] * (1 + x.shape[1]) + [label] * bool(label)) + "\n"
+    new(path).write_text(",".join(columns) + "\n" + text(line, np.c_[t, x]))
 
 def test_a_folder_of_npz_and_csv_in_any_unit_and_rate():
     t = clock(25, 31.7, 1.7e9)
-    npz(Path("own/ann_1.npz"), rate=100, label=np.repeat(["walk", ""], 1250))
-    table(Path("own/bob_2.csv"), t, movement(t - t[0]), label=np.full(len(t), -1, object))
+    npz("own/ann_1.npz", rate=100, label=np.repeat(["walk", ""], 1250))
+    table("own/bob_2.csv", t, movement(t - t[0]), label="-1")
     mine = prepare("folder", "own", "mine")
     assert mine.meta["users"] == ["ann_1", "bob_2"] and mine.meta["sources"] == ["ann", "bob"]
     assert mine.meta["classes"] == ["walk"] and mine.labels.tolist() == [0, -1, -1, -1]
     for window, start in zip(mine.windows[[0, 2, 3]], [0, 0, 10]):
         assert np.abs(window.T - movement(start + np.arange(200) / 20)).mean(0).max() < 0.02
-    table(Path("other/cy.csv"), t, movement(t)[:, :3] * GRAVITY)
+    table("other/cy.csv", t, movement(t)[:, :3] * GRAVITY)
     assert prepare("folder", "other", acc_unit="m/s2").windows.shape == (2, 3, 200)
     with pytest.raises(UserError, match="check --acc-unit"):
         prepare("folder", "own", "wrong", acc_unit="m/s2")
@@ -177,12 +173,12 @@ def test_no_window_crosses_a_recording_a_gap_or_a_label_change():
     segment, label = (np.array([stretch[i] for stretch in stretches])[level] for i in (1, 2))
     x = np.zeros((len(level), 6)) + [0, 0, 1, 0, 0, 0]
     x[:, 3] = level / 10
-    npz(Path("own/u.npz"), x, segment=segment, label=label)
+    npz("own/u.npz", x, segment=segment, label=label)
     t = clock(40, 50)
     t = t[(t < 18) | (t > 18.6)]                       # a gap of 0.6 s: 18 s and 21 s remain
     x = np.zeros((len(t), 6)) + [0, 0, 1, 0, 0, 0]
     x[:, 3] = t > 18
-    table(Path("own/v.csv"), t, x)
+    table("own/v.csv", t, x)
     windows, users, labels, meta = prepare("folder", "own")
     assert np.ptp(windows, axis=2).max() < 1e-3 and sum(meta["left_out"].values()) == 1
     assert labels.tolist() == [0, 0, 1, 1, 1, 2, -1, -1, -1]
@@ -195,7 +191,7 @@ def test_what_is_too_fast_for_20_hz_is_filtered_out_not_folded_back():
         assert abs(np.sqrt(2 * np.mean(y**2)) - gain) < 0.01, frequency
 
 def test_zeros_have_one_sign_so_that_a_set_is_the_same_on_every_processor():
-    npz(Path("raw/still.npz"), np.tile([0, 0, 1, -1e-17, 1e-17, 0], (1250, 1)))
+    npz("raw/still.npz", np.tile([0, 0, 1, -1e-17, 1e-17, 0], (1250, 1)))
     windows = prepare("folder").windows
     assert (windows == 0).any() and not np.signbit(windows).any()
 
@@ -226,7 +222,7 @@ BAD = {  # what makes a folder unusable: (its files, words of the sentence)
     "wrong columns": ({"u.csv": "time,a,b,c\n0,0,0,1"}, "wanted: .* the columns t,ax,ay,az"),
     "short row": ({"u.csv": "t,ax,ay,az\n0,0,0,1\n0.1,0"}, "can't be read"),
     "too short": (arrays(X25[:450]), "too short"),
-    "milliseconds": ({"u.csv": "t,ax,ay,az\n" + text([(20 * i, 0, 0, 1) for i in range(999)])},
+    "milliseconds": ({"u.csv": "t,ax,ay,az\n" + text("%d,0,0,1\n", 20 * np.c_[:999])},
                      "t in seconds?"),
     "missing value": (arrays(np.where(np.arange(1250)[:, None] == 7, np.nan, X25)), "row 8"),
     "five channels": (arrays(np.ones((999, 5))), r"signal \(999, 5\).* wanted: .*\(n, 6\)"),
@@ -241,12 +237,11 @@ BAD = {  # what makes a folder unusable: (its files, words of the sentence)
 @pytest.mark.parametrize("why", BAD)
 def test_a_folder_that_cannot_be_used_is_refused_in_one_sentence_and_leaves_nothing(why, capfd):
     files, words = BAD[why]
-    Path("own").mkdir()
     for name, content in files.items():
         if isinstance(content, dict):
-            np.savez(Path("own") / name, **content)
+            np.savez(new(f"own/{name}"), **content)
         else:
-            (Path("own") / name).write_text(content)
+            new(f"own/{name}").write_text(content)
     with pytest.raises(UserError, match=words) as refusal:
         prepare("folder", "own", "mine")
     assert "\n" not in str(refusal.value) and files_in_data() == set()
@@ -281,7 +276,7 @@ def test_a_hostile_or_broken_archive_is_refused_and_what_was_prepared_stays(why,
 # ---------------------------------------------------------------- once, again, side by side
 def test_preparing_twice_is_a_no_op_other_settings_are_refused_and_force_redoes(capsys):
     for i in range(3):
-        npz(Path(f"own/u{i}.npz"))
+        npz(f"own/u{i}.npz")
     first = prepare("folder", "own", "mine")
     made = os.stat("data/mine/windows.npy").st_mtime_ns
     prepare("folder", "own", "mine")
@@ -291,7 +286,7 @@ def test_preparing_twice_is_a_no_op_other_settings_are_refused_and_force_redoes(
         prepare("folder", "own", "mine", limit=2)
     assert prepare("folder", "own", "mine", limit=2, force=True).meta["users"] == ["u0", "u1"]
     assert len(first.windows) == 6                     # an open map outlives its replacement
-    npz(Path("own/u1.npz"), rate=60)
+    npz("own/u1.npz", rate=60)
     with pytest.raises(UserError, match="recordings"):
         prepare("folder", "own", "mine", limit=2)
     Path("data/notes").mkdir()
@@ -312,7 +307,7 @@ def test_a_replacement_that_is_stopped_between_its_last_steps_loses_no_set(monke
     shutil.copytree("data/simulated", "data/.simulated.old")     # as if killed one step later
     assert prepare("simulated").meta == before and files_in_data() == {"simulated"}
 
-COMMAND = [sys.executable, str(HERE / "data.py"), "simulated", "--users", "12", "--hours-per-user"]
+COMMAND = [sys.executable, data.__file__, "simulated", "--users", "12", "--hours-per-user"]
 
 def test_a_set_is_prepared_once_by_two_processes_and_a_kill_leaves_no_half_of_it():
     killed = subprocess.Popen([*COMMAND, "2"], stdout=subprocess.PIPE, start_new_session=True)
@@ -429,7 +424,7 @@ def test_fewer_hours_are_a_subset_of_more_hours_and_everyone_is_evaluated_evenly
     assert prepared.users[evaluated].tolist() == [2] * 5 + [0] * 5
 
 def test_sets_are_pooled_by_person_and_class_and_nobody_twice():
-    npz(Path("own/ann.npz"), label=np.repeat(["walking", "dancing"], [700, 550]))
+    npz("own/ann.npz", label=np.repeat(["walking", "dancing"], [700, 550]))
     mine, other = prepare("folder", "own", "mine"), prepare("simulated")
     pooled = data.load("simulated+mine")
     assert len(pooled.windows) == len(mine.windows) + len(other.windows) == pooled.meta["windows"]
@@ -439,7 +434,7 @@ def test_sets_are_pooled_by_person_and_class_and_nobody_twice():
     prepare("folder", "own", "again")
     with pytest.raises(UserError, match="a person is in two"):
         data.load("mine+again")                        # one set under two names
-    npz(Path("three/ann.npz"), X25[:, :3])
+    npz("three/ann.npz", X25[:, :3])
     prepare("folder", "three", "three")
     with pytest.raises(UserError, match="channels.* differ"):
         data.load("mine+three")
@@ -456,23 +451,18 @@ def test_windows_are_scaled_without_an_offset_and_rotated_as_a_whole():
     assert np.allclose(np.linalg.norm(turned[:, :3], axis=1), np.linalg.norm(x[:, :3], axis=1))
 
 # ---------------------------------------------------------------- as a user
-def test_the_command_line_lists_prepares_draws_and_refuses(monkeypatch, capfd):
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["data.py", *words])
-        with pytest.raises(SystemExit) as end:
-            data.command(data.main)
-        return end.value.code, *capfd.readouterr()
-    assert run("simulated", "--users", "2", "--hours-per-user", "0.02")[0] in (0, None)
-    assert run("plot", "simulated")[0] in (0, None)
+def test_the_command_line_lists_prepares_draws_and_refuses(run, refused):
+    assert run("data.py simulated --users 2 --hours-per-user 0.02")[0] == 0
+    assert run("data.py plot simulated")[0] == 0
     assert Path("data/simulated/plot.png").read_bytes()[:4] == b"\x89PNG"
-    assert all(name in run()[1] for name in data.SOURCES)
-    for line in ("nonsense", "simulated --name a+b", "plot nothing", "simulated --users 3",
-                 "simulated --users 0 --name s", "simulated --hours-per-user nan --name s",
-                 "simulated --limit-users -1 --name s", "folder --raw /dev/null"):
-        code, out, err = run(*line.split())
-        assert code == 2 and out == "" and err and "Traceback" not in err, line
+    printed = run("data.py")[1]
+    assert all(name in printed for name in data.SOURCES)
+    for flags in ("nonsense", "simulated --name a+b", "plot nothing", "simulated --users 3",
+                  "simulated --users 0 --name s", "simulated --hours-per-user nan --name s",
+                  "simulated --limit-users -1 --name s", "folder --raw /dev/null"):
+        refused(f"data.py {flags}", "data.py: ", usage=True)
 
-@needs_real
+@pytest.mark.skipif(not REAL.is_dir(), reason="no real recordings in ../shared/data")
 @pytest.mark.parametrize("source", ["motionsense", "sisfall", "uschad"])
 def test_published_archives_give_the_recordings_that_were_prepared_elsewhere(source):
     prepared = prepare(source, REAL / "raw" / "samples")
