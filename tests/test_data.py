@@ -3,7 +3,7 @@ Every format, written here in its published layout from one known movement, has 
 movement, 20 times a second, in g and rad/s. Then what must never happen: windows across a gap,
 sensors out of step, half-made sets, archives that harm, people who are counted twice.
 """
-import http.server, json, os, shutil, subprocess, sys, threading, time, zipfile
+import http.server, io, json, os, shutil, subprocess, sys, threading, time, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from data import GRAVITY, UserError
 
 REAL = Path(data.__file__).resolve().parents[1] / "shared/data"
 ONE, TWO = "0A986513-7828-4D53-AA1F-E02D6DF9561B", "1155FF54-63D3-4AB2-9863-8385D0BD0A13"
+MEMBER, NOISE = "A_DeviceMotion_data/wlk_7/sub_1.csv", np.random.default_rng(0).bytes(600_000)
 POPULATION = dict(users=6, hours_per_user=0.1, spread=1.0, seed=0)
 FLAGS = {"folder": {"acc_unit": "g", "gyro_unit": "rad/s"}, "simulated": POPULATION}
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -36,18 +37,16 @@ def new(path):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     return Path(path)
 
-def write_zip(path, members, packing=zipfile.ZIP_DEFLATED):
-    with zipfile.ZipFile(new(path), "w", packing) as file:
-        for name, content in members.items():
-            file.writestr(name, content)
-    return Path(path)
+def zipped(members, packing=zipfile.ZIP_DEFLATED):
+    with zipfile.ZipFile(content := io.BytesIO(), "w", packing) as archive:
+        for name, member in members.items():
+            archive.writestr(name, member)
+    return content.getvalue()
 
-def write_archive(raw, what, members, inner=None):
-    """Under its published name; what is `inner` is a zip within the zip, LZMA inside."""
-    if inner:
-        packed = write_zip(raw / "inner.zip", members, zipfile.ZIP_LZMA)
-        members = {inner: packed.read_bytes(), "README.txt": "x"}
-    return write_zip(raw / data.SOURCES[what].archives[0].split("/")[-1], members)
+def write_archives(raw, what, *contents):
+    """Under their published names."""
+    for url, content in zip(data.SOURCES[what].archives, contents, strict=True):
+        new(f"{raw}/{url.split('/')[-1]}").write_bytes(content)
 
 def prepare(what, raw="raw", name=None, limit=None, force=False, **flags):
     settings = {"source": what, **FLAGS.get(what, {}), **flags, "limit_users": limit}
@@ -63,38 +62,36 @@ def files_in_data():
     return {path.name for path in Path("data").glob("*")} - {".lock"}
 
 # ---------------------------------------------------------------- the formats, as published
-def ucihar(raw):
+def ucihar():
     members, x = {}, movement(clock(2.56, 50))
     sensors = [f"{sensor}_{axis}" for sensor in ("total_acc", "body_gyro") for axis in "xyz"]
     for split, users, labels in (("train", [1, 1, 3], [1, 2, 3]), ("test", [2, 2], [1, 2])):
         files = {"subject": text("%d\n", np.c_[users]), "y": text("%d\n", np.c_[labels])}
         for sensor, values in zip(sensors, x.T):
-            window = text(" % .7e" * len(values) + "\n", [values])
-            files[f"Inertial Signals/{sensor}"] = window * len(users)
+            line = " % .7e" * len(values) + "\n"
+            files[f"Inertial Signals/{sensor}"] = text(line, [values] * len(users))
         for name, content in files.items():
             members[f"UCI HAR Dataset/{split}/{name}_{split}.txt"] = content
-    write_archive(raw, "ucihar", members, "UCI HAR Dataset.zip")
+    yield zipped({"UCI HAR Dataset.zip": zipped(members), "README.txt": "x"})
 
-def wisdm(raw):
+def wisdm():
     """Gyroscope late and faster; 1601 lacks activity B in one file, 1602 a sensor; of 1600's
-    activity A the second half stands before the first."""
+    activity A the second half stands before the first. A zip within the zip, LZMA inside."""
     members = {}
-    sensors = ("accel", 0, 20, [0, 1, 2], GRAVITY), ("gyro", 0.37, 25, [3, 4, 5], 1)
-    for sensor, late, rate, columns, unit in sensors:
-        for user in (1600, 1601, 1602)[:3 if sensor == "accel" else 2]:
-            content = ""
-            for i, letter in enumerate("AB" if (user, sensor) != (1601, "gyro") else "A"):
-                t = clock(25, rate, 1000 * i + late)
-                rows = np.c_[np.round((252207 + t) * 1e9), movement(t)[:, columns] * unit]
-                half = len(rows) // 2 if (user, letter) == (1600, "A") else 0
-                line = f"{user},{letter},%d,%.7g,%.7g,%.7g;\n"
-                content += text(line, np.roll(rows, half, axis=0))
-            for device in ("phone", "watch"):
-                name = f"wisdm-dataset/raw/{device}/{sensor}/data_{user}_{sensor}_{device}.txt"
-                members[name] = content
-    write_archive(raw, "wisdm_phone", members, "wisdm-dataset.zip")
+    for file in ("accel 1600 AB", "accel 1601 AB", "accel 1602 AB", "gyro 1600 AB", "gyro 1601 A"):
+        (sensor, user, letters), content = file.split(), ""
+        for i, letter in enumerate(letters):
+            t = clock(25, 20, 1000 * i) if sensor == "accel" else clock(25, 25, 1000 * i + 0.37)
+            x = movement(t)[:, :3] * GRAVITY if sensor == "accel" else movement(t)[:, 3:]
+            rows = np.c_[np.round((252207 + t) * 1e9), x]
+            half = len(rows) // 2 if (user, letter) == ("1600", "A") else 0
+            content += text(f"{user},{letter},%d,%.7g,%.7g,%.7g;\n", np.roll(rows, half, axis=0))
+        for device in ("phone", "watch"):
+            name = f"wisdm-dataset/raw/{device}/{sensor}/data_{user}_{sensor}_{device}.txt"
+            members[name] = content
+    yield zipped({"wisdm-dataset.zip": zipped(members, zipfile.ZIP_LZMA), "README.txt": "x"})
 
-def extrasensory(raw):
+def extrasensory():
     """Three minutes of each user (the second phone in m/s^2), then one of each kind of failure."""
     members = {"raw_acc": {}, "proc_gyro": {}}
     for user, unit in ((ONE, 1), (TWO, GRAVITY)):
@@ -112,17 +109,15 @@ def extrasensory(raw):
             for sensor, rows in (("raw_acc", a), ("proc_gyro", g))[:2 if i < 6 else 1]:
                 name = f"{sensor}/{user}/{1444079161 + 60 * i}.m_{sensor}.dat"
                 members[sensor][name] = text("%.6f %.7g %.7g %.7g\n", rows)
-        members["raw_acc"][f"raw_acc/{user}/{1444079161 + 300}.m_raw_acc.dat"] = "nan\n"
-    for sensor in members:
-        write_zip(raw / f"ExtraSensory.raw_measurements.{sensor}.zip", members[sensor])
+        members["raw_acc"][f"raw_acc/{user}/{1444079161 + 60 * 5}.m_raw_acc.dat"] = "nan\n"
+    yield from map(zipped, members.values())
 
-def motionsense(raw):
+def motionsense():
     x = movement(clock(25, 50))
     rows = np.c_[np.zeros((len(x), 4)), x[:, :3] - 1, x[:, 3:], np.ones((len(x), 3))]
-    content = ",header\n" + text(",".join(["%.7g"] * 13) + "\n", rows)
-    write_archive(raw, "motionsense", {"A_DeviceMotion_data/wlk_7/sub_1.csv": content})
+    yield zipped({MEMBER: ",header\n" + text(",".join(["%.7g"] * 13) + "\n", rows)})
 
-FORMATS = {  # name: (writer, users, windows, labels, s from start to first window)
+FORMATS = {  # name: (archives, users, windows, labels, s from start to first window)
     "ucihar": (ucihar, ["1", "2", "3"], 5, set(data.UCIHAR[:3]), 0),
     "wisdm_phone": (wisdm, ["1600", "1601"], 6, {"walking", "jogging"}, 0.37),
     "wisdm_watch": (wisdm, ["1600", "1601"], 6, {"walking", "jogging"}, 0.37),
@@ -132,8 +127,8 @@ FORMATS = {  # name: (writer, users, windows, labels, s from start to first wind
 
 @pytest.mark.parametrize("what", FORMATS)
 def test_every_format_comes_out_as_the_movement_that_was_recorded(what):
-    writer, users, n, labels, late = FORMATS[what]
-    writer(Path("raw"))
+    archives, users, n, labels, late = FORMATS[what]
+    write_archives("raw", what, *archives())
     prepared = prepare(what)
     meta = prepared.meta
     assert meta["users"] == users and len(prepared.windows) == n
@@ -243,27 +238,23 @@ def test_a_folder_that_cannot_be_used_is_refused_in_one_sentence_and_leaves_noth
     assert files_in_data() == set() and "Traceback" not in capfd.readouterr().err
 
 # ---------------------------------------------------------------- archives that harm
-MEMBER, NOISE = "A_DeviceMotion_data/wlk_7/sub_1.csv", np.random.default_rng(0).bytes(600_000)
-HOSTILE = {  # what is wrong: (the members, or the bytes of the archive, words of the sentence)
+HOSTILE = {  # what is wrong: (the archive or its members, words of the sentence)
     "endless": ({MEMBER: bytes(70 << 20)}, "too big"),
     "endless zip within": ({MEMBER: "1", "inner.zip": bytes(70 << 20)}, "too large"),
-    "damaged": ({MEMBER: NOISE}, "can't be read"),
-    "no zip": ({}, "can't be read as a zip"),
+    "damaged": (zipped({MEMBER: NOISE}).replace(NOISE[300:340], bytes(40)), "can't be read"),
+    "no zip": (b"<html>", "can't be read as a zip"),
     "something else": ({"holiday.jpg": "x"}, "nothing that can be read as MotionSense"),
     "other content": ({MEMBER: "header\n" + "x" * 999}, "can't be read .* wanted: 50 Hz; columns"),
 }
 
 @pytest.mark.parametrize("why", HOSTILE)
 def test_a_hostile_or_broken_archive_is_refused_and_what_was_prepared_stays(why, monkeypatch):
-    motionsense(Path("good"))
+    write_archives("good", "motionsense", *motionsense())
     before = prepare("motionsense", "good").meta
     monkeypatch.setattr(data, "ZIP_LIMIT", 69 << 20 if "within" in why else data.ZIP_LIMIT)
-    members, words = HOSTILE[why]
-    path = write_archive(Path("raw"), "motionsense", members)
-    if why == "damaged":
-        path.write_bytes(path.read_bytes().replace(NOISE[300:340], bytes(40)))
-    elif why == "no zip":
-        path.write_bytes(b"<html>")
+    content, words = HOSTILE[why]
+    content = content if isinstance(content, bytes) else zipped(content)
+    write_archives("raw", "motionsense", content)
     refuses(words, prepare, "motionsense", force=True)
     assert data.load("motionsense").meta == before and files_in_data() == {"motionsense"}
 
@@ -298,10 +289,12 @@ def test_a_replacement_that_is_stopped_between_its_last_steps_loses_no_set(monke
     shutil.copytree("data/simulated", "data/.simulated.old")     # as if killed one step later
     assert prepare("simulated").meta == before and files_in_data() == {"simulated"}
 
-COMMAND = [sys.executable, data.__file__, "simulated", "--users", "12", "--hours-per-user"]
-
 def test_a_set_is_prepared_once_by_two_processes_and_a_kill_leaves_no_half_of_it():
-    killed = subprocess.Popen([*COMMAND, "2"], stdout=subprocess.PIPE, start_new_session=True)
+    def start(hours):
+        words = ["simulated", "--users", "12", "--hours-per-user", hours]
+        return subprocess.Popen([sys.executable, data.__file__, *words], stdout=subprocess.PIPE,
+                                text=True, start_new_session=True)
+    killed = start("2")
     while not Path("data/.simulated.partial/windows.npy").exists():
         time.sleep(0.01)
     killed.kill()
@@ -311,11 +304,9 @@ def test_a_set_is_prepared_once_by_two_processes_and_a_kill_leaves_no_half_of_it
         for _ in range(200):
             os.killpg(killed.pid, 0)
             time.sleep(0.1)
-    run = lambda: subprocess.Popen([*COMMAND, "0.05"], stdout=subprocess.PIPE, text=True)
-    printed = [process.communicate()[0] for process in (run(), run())]
+    printed = [process.communicate()[0] for process in (start("0.05"), start("0.05"))]
     assert ["already" in words for words in printed].count(True) == 1
-    assert len(data.load("simulated").windows) == 216
-    assert files_in_data() == {"simulated"}
+    assert len(data.load("simulated").windows) == 216 and files_in_data() == {"simulated"}
 
 def test_a_set_that_was_damaged_or_changed_is_noticed():
     meta = prepare("simulated").meta
@@ -357,7 +348,7 @@ def test_a_download_arrives_whole_or_says_why_not_and_leaves_no_archive(kind, ou
     """It goes on from the last whole block that came, in the fixture 128 kB."""
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     monkeypatch.setattr(Misbehaving, "seen", [])
-    Misbehaving.body = write_zip("served.zip", {"noise": NOISE}).read_bytes()
+    Misbehaving.body = zipped({"noise": NOISE})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Misbehaving) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url, path = f"http://127.0.0.1:{server.server_address[1]}/{kind}/a.zip", Path("a.zip")
