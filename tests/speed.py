@@ -158,8 +158,7 @@ def draw(a):
     fig.savefig(CURVES.with_suffix(".png"), dpi=120)
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("what", choices=["steps", "quality", "draw"])
     p.add_argument("contenders", nargs="*", help="ours, ours-0.5s, or a peer:learning rate")
     p.add_argument("--seconds", type=float, default=400, help="CPU seconds of each curve")

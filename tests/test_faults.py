@@ -5,6 +5,7 @@ scripts, which count steps instead of learning; with the real ones by `python -m
 """
 import json, os, random, shutil, signal, subprocess, sys, time
 from pathlib import Path
+from subprocess import PIPE, STDOUT, Popen
 
 import pytest
 import torch
@@ -16,11 +17,10 @@ CODE, PYTHON = Path(__file__).parent.parent, sys.executable
 ENVIRONMENT = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
 ENVIRONMENT |= {"PYTHON": PYTHON, "OMP_NUM_THREADS": "1"}
 
-def begin(*words, **variables):
+def begin(*words, cwd=".", **variables):
     """Start a command in a session of its own; all that it prints is one text."""
-    return subprocess.Popen(
-        words, env={**ENVIRONMENT, **variables}, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return Popen(words, cwd=cwd, env=ENVIRONMENT | variables, text=True, start_new_session=True,
+                 stdout=PIPE, stderr=STDOUT)
 
 def finish(process):
     output = process.communicate(timeout=900)[0]
@@ -197,8 +197,7 @@ def test_twenty_kills_of_the_real_sweep_then_two_sweeps_at_once(home, tmp_path):
         shutil.copytree(home / "data", tmp_path / name / "data")
     grid = GRID | dict(USERS="2 3 4 6", HOURS="0.02 all", STEPS="200",
                        FLAGS="--patch 20 --precision fp32")
-    line = f'cd {tmp_path}/"$0" && exec bash {CODE}/sweep.sh'
-    start = lambda name: begin("bash", "-c", line, name, **grid)
+    start = lambda name: begin("bash", CODE / "sweep.sh", cwd=tmp_path / name, **grid)
     luck = random.Random(0)
     for what in ["all", "sweep.sh", "one", "all", "one"] * 4:
         kill(start("killed"), what, luck, 20)

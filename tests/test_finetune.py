@@ -89,12 +89,6 @@ def test_nobody_is_tested_who_was_trained_on(run, trained_by, tested_by):
         else:                                          # strangers: everyone, in one of five folds
             assert tested == everyone and len(folds) == 5
 
-def test_a_set_is_refused_in_a_sentence_if_no_user_is_left_to_test(run, refused):
-    make_run("saw-all", data.people(data.load("red").meta))
-    refused("finetune.py runs/saw-all --data red", "pre-trained on 10 of 10")
-    assert run("finetune.py runs/saw-all --data pool")[0] == 0
-    assert {user[:4] for user in result("pool-probe", "saw-all")["test_users"]} == {"blue"}
-
 def test_official_test_users_are_tested_unless_one_was_trained_on(run, refused):
     make_run("saw-two", [("shakes", "p0"), ("shakes", "p1")])
     make_run("saw-one-of-them", [("shakes", "p0"), ("shakes", "p5")])
@@ -211,7 +205,7 @@ def test_a_result_is_left_alone_until_the_weights_change_and_two_at_once_do_no_h
     assert run("finetune.py runs/b --data red")[0] == 0
     assert result("red-probe", "b") != first
 
-def test_an_exported_encoder_is_small_has_the_same_features_and_says_whom_it_saw(run, refused):
+def test_an_exported_encoder_is_small_has_the_same_features_and_is_not_tested_on_whom_it_saw(run, refused):
     make_run("large", data.people(data.load("red").meta), width=64, depth=3, heads=4)
     assert run("finetune.py runs/large --export results/encoder")[0] == 0
     exported = Path("results/encoder")
@@ -222,6 +216,9 @@ def test_an_exported_encoder_is_small_has_the_same_features_and_says_whom_it_saw
                           for path in (exported, "runs/large"))
     assert features.shape == (5, 512) and torch.equal(features, original)
     refused("finetune.py results/encoder --data red", "pre-trained on 10 of 10")
+    assert run("finetune.py results/encoder --data pool")[0] == 0
+    tested = read(exported / "finetune/pool-probe.json")["test_users"]
+    assert {user[:4] for user in tested} == {"blue"}
     refused("finetune.py runs/a --export runs/by-pool", "holds a whole run")
 
 def test_what_cannot_be_used_is_refused_in_a_sentence(run, refused):
