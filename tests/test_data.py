@@ -1,10 +1,9 @@
-"""
-Every format, written here in its published layout from one known movement, has to come out as that
+"""Every format, written here in its published layout from one known movement, comes out as that
 movement, 20 times a second, in g and rad/s. Then what must never happen: windows across a gap,
-sensors out of step, half-made sets, archives that harm, people who are counted twice.
-"""
-import http.server, io, json, os, shutil, subprocess, sys, threading, time, zipfile
+sensors out of step, half-made sets, archives that harm, people who are counted twice."""
+import http.server, io, json, os, shutil, sys, threading, time, zipfile
 from pathlib import Path
+from subprocess import PIPE, Popen
 
 import numpy as np
 import pytest
@@ -32,10 +31,13 @@ def text(line, rows):
     """An array as the text of a file, given how a row is written."""
     return "".join(line % tuple(row) for row in rows)
 
-def new(path):
-    """The path of a file whose folder exists."""
+def write(path, content):
+    """A file from its text, its bytes or, if it is a .npz, its arrays."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    return Path(path)
+    if isinstance(content, dict):
+        np.savez(path, **content)
+    else:
+        Path(path).write_bytes(content.encode() if isinstance(content, str) else content)
 
 def zipped(members, packing=zipfile.ZIP_DEFLATED):
     with zipfile.ZipFile(content := io.BytesIO(), "w", packing) as archive:
@@ -46,7 +48,7 @@ def zipped(members, packing=zipfile.ZIP_DEFLATED):
 def write_archives(raw, what, *contents):
     """Under their published names."""
     for url, content in zip(data.SOURCES[what].archives, contents, strict=True):
-        new(f"{raw}/{url.split('/')[-1]}").write_bytes(content)
+        write(f"{raw}/{url.split('/')[-1]}", content)
 
 def prepare(what, raw="raw", name=None, limit=None, force=False, **flags):
     settings = {"source": what, **FLAGS.get(what, {}), **flags, "limit_users": limit}
@@ -122,8 +124,7 @@ FORMATS = {  # name: (archives, users, windows, labels, s from start to first wi
     "wisdm_phone": (wisdm, ["1600", "1601"], 6, {"walking", "jogging"}, 0.37),
     "wisdm_watch": (wisdm, ["1600", "1601"], 6, {"walking", "jogging"}, 0.37),
     "extrasensory": (extrasensory, [ONE, TWO], 12, set(), 0.011),
-    "motionsense": (motionsense, ["motionsense_01"], 2, {"wlk"}, 0),
-}
+    "motionsense": (motionsense, ["motionsense_01"], 2, {"wlk"}, 0)}
 
 @pytest.mark.parametrize("what", FORMATS)
 def test_every_format_comes_out_as_the_movement_that_was_recorded(what):
@@ -144,24 +145,27 @@ def test_every_format_comes_out_as_the_movement_that_was_recorded(what):
     assert what != "extrasensory" or sorted(meta["left_out"].values()) == [2, 2, 4]
 
 # ---------------------------------------------------------------- own recordings
-def npz(path, x=None, rate=50, **more):
-    np.savez(new(path), signal=movement(clock(25, rate)) if x is None else x, rate=rate, **more)
+X25 = movement(clock(25, 50))
 
-def table(path, t, x, label=None):
+def npz(x=X25, rate=50, **more):
+    return {"signal": x, "rate": rate, **more}
+
+def csv(t, x, label=None):
     columns = ["t", "ax", "ay", "az", "gx", "gy", "gz"][:1 + x.shape[1]] + ["label"] * bool(label)
     line = ",".join(["%.17g"] * (1 + x.shape[1]) + [label] * bool(label)) + "\n"
-    new(path).write_text(",".join(columns) + "\n" + text(line, np.c_[t, x]))
+    return ",".join(columns) + "\n" + text(line, np.c_[t, x])
 
 def test_a_folder_of_npz_and_csv_in_any_unit_and_rate():
     t = clock(25, 31.7, 1.7e9)
-    npz("own/ann_1.npz", rate=100, label=np.repeat(["walk", ""], 1250))
-    table("own/bob_2.csv", t, movement(t - t[0]), label="-1")
+    labels = np.repeat(["walk", ""], 1250)
+    write("own/ann_1.npz", npz(movement(clock(25, 100)), 100, label=labels))
+    write("own/bob_2.csv", csv(t, movement(t - t[0]), label="-1"))
     mine = prepare("folder", "own", "mine")
     assert mine.meta["users"] == ["ann_1", "bob_2"] and mine.meta["sources"] == ["ann", "bob"]
     assert mine.meta["classes"] == ["walk"] and mine.labels.tolist() == [0, -1, -1, -1]
     for window, start in zip(mine.windows[[0, 2, 3]], [0, 0, 10]):
         assert np.abs(window.T - movement(start + np.arange(200) / 20)).mean(0).max() < 0.02
-    table("other/cy.csv", t, movement(t)[:, :3] * GRAVITY)
+    write("other/cy.csv", csv(t, movement(t)[:, :3] * GRAVITY))
     assert prepare("folder", "other", acc_unit="m/s2").windows.shape == (2, 3, 200)
     refuses("check --acc-unit", prepare, "folder", "own", "wrong", acc_unit="m/s2")
 
@@ -170,11 +174,12 @@ def test_no_window_crosses_a_recording_a_gap_or_a_label_change():
     stretches = [(25, "r1", "a"), (25, "r1", "b"), (12, "r2", "b"), (9, "r3", "b"), (15, "r3", "c")]
     level = np.repeat(np.arange(5), [50 * seconds for seconds, _, _ in stretches])
     segment, label = (np.array([stretch[i] for stretch in stretches])[level] for i in (1, 2))
-    still = np.array([0, 0, 1, 0, -1e-17, 0])
-    npz("own/u.npz", still + np.outer(level, [0, 0, 0, 0.1, 0, 0]), segment=segment, label=label)
+    still, turn = np.array([0, 0, 1, 0, -1e-17, 0]), [0, 0, 0, 1, 0, 0]
+    x = still + np.outer(level / 10, turn)
+    write("own/u.npz", npz(x, segment=segment, label=label))
     t = clock(40, 50)
     t = t[(t < 18) | (t > 18.6)]                       # a gap of 0.6 s: 18 s and 21 s remain
-    table("own/v.csv", t, still + np.outer(t > 18, [0, 0, 0, 1, 0, 0]))
+    write("own/v.csv", csv(t, still + np.outer(t > 18, turn)))
     windows, users, labels, meta = prepare("folder", "own")
     assert np.ptp(windows, axis=2).max() < 1e-3 and sum(meta["left_out"].values()) == 1
     assert labels.tolist() == [0, 0, 1, 1, 1, 2, -1, -1, -1]
@@ -203,37 +208,27 @@ def test_a_clock_that_errs_costs_the_rows_in_error():
         errors = np.abs(windows[0].T - movement(np.arange(length) / 20)).mean(0)
         assert errors.max() < 0.02, harm
 
-X25 = movement(clock(25, 50))
-
-def arrays(x=X25, **more):
-    return {"u.npz": {"signal": x, "rate": 50, **more}}
-
 BAD = {  # what makes a folder unusable: (its files, words of the sentence)
     "no recordings": ({"notes.txt": "x"}, "nothing that can be read as own recordings"),
-    "user twice": (arrays() | {"u.csv": "t,ax,ay,az"}, "as .csv and as .npz"),
+    "user twice": ({"u.npz": npz(), "u.csv": "t,ax,ay,az"}, "as .csv and as .npz"),
     "wrong columns": ({"u.csv": "time,a,b,c\n0,0,0,1"}, "wanted: .* the columns t,ax,ay,az"),
     "short row": ({"u.csv": "t,ax,ay,az\n0,0,0,1\n0.1,0"}, "can't be read"),
-    "too short": (arrays(X25[:450]), "too short"),
-    "milliseconds": ({"u.csv": "t,ax,ay,az\n" + text("%d,0,0,1\n", 20 * np.c_[:999])},
-                     "t in seconds?"),
-    "missing value": (arrays(np.where(np.arange(1250)[:, None] == 7, np.nan, X25)), "row 8"),
-    "five channels": (arrays(np.ones((999, 5))), r"signal \(999, 5\).* wanted: .*\(n, 6\)"),
+    "too short": ({"u.npz": npz(X25[:450])}, "too short"),
+    "milliseconds": ({"u.csv": csv(20 * np.arange(1250), X25)}, "t in seconds?"),
+    "missing value": ({"u.npz": npz(np.r_[X25[:7], [[np.nan] * 6], X25[8:]])}, "row 8"),
+    "five channels": ({"u.npz": npz(X25[:, :5])}, r"signal \(1250, 5\).* wanted: .*\(n, 6\)"),
     "no rate": ({"u.npz": {"signal": X25}}, "rate is not a file"),
-    "pickles": (arrays(np.array([{}], object)), "allow_pickle"),
+    "pickles": ({"u.npz": npz(np.array([{}], object))}, "allow_pickle"),
     "no zip": ({"u.npz": "PK"}, "can't be read"),
-    "m/s^2": (arrays(X25 * ([GRAVITY] * 3 + [1] * 3)), "check --acc-unit"),
-    "deg/s": (arrays(X25 * ([1] * 3 + [57.3] * 3)), "--gyro-unit deg/s"),
-    "other sensors": (arrays() | {"v.npz": {"signal": X25[:, :3], "rate": 50}}, "keep them apart"),
-}
+    "m/s^2": ({"u.npz": npz(X25 * ([GRAVITY] * 3 + [1] * 3))}, "check --acc-unit"),
+    "deg/s": ({"u.npz": npz(X25 * ([1] * 3 + [57.3] * 3))}, "--gyro-unit deg/s"),
+    "other sensors": ({"u.npz": npz(), "v.npz": npz(X25[:, :3])}, "keep them apart")}
 
 @pytest.mark.parametrize("why", BAD)
 def test_a_folder_that_cannot_be_used_is_refused_in_one_sentence_and_leaves_nothing(why, capfd):
     files, words = BAD[why]
     for name, content in files.items():
-        if isinstance(content, dict):
-            np.savez(new(f"own/{name}"), **content)
-        else:
-            new(f"own/{name}").write_text(content)
+        write(f"own/{name}", content)
     refuses(words, prepare, "folder", "own", "mine")
     assert files_in_data() == set() and "Traceback" not in capfd.readouterr().err
 
@@ -244,8 +239,7 @@ HOSTILE = {  # what is wrong: (the archive or its members, words of the sentence
     "damaged": (zipped({MEMBER: NOISE}).replace(NOISE[300:340], bytes(40)), "can't be read"),
     "no zip": (b"<html>", "can't be read as a zip"),
     "something else": ({"holiday.jpg": "x"}, "nothing that can be read as MotionSense"),
-    "other content": ({MEMBER: "header\n" + "x" * 999}, "can't be read .* wanted: 50 Hz; columns"),
-}
+    "other content": ({MEMBER: "header\n" + "x" * 999}, "can't be read .* wanted: 50 Hz; columns")}
 
 @pytest.mark.parametrize("why", HOSTILE)
 def test_a_hostile_or_broken_archive_is_refused_and_what_was_prepared_stays(why, monkeypatch):
@@ -261,7 +255,7 @@ def test_a_hostile_or_broken_archive_is_refused_and_what_was_prepared_stays(why,
 # ---------------------------------------------------------------- once, again, side by side
 def test_preparing_twice_is_a_no_op_other_settings_are_refused_and_force_redoes(capsys):
     for i in range(3):
-        npz(f"own/u{i}.npz")
+        write(f"own/u{i}.npz", npz())
     first = prepare("folder", "own", "mine")
     made = os.stat("data/mine/windows.npy").st_mtime_ns
     prepare("folder", "own", "mine")
@@ -270,7 +264,7 @@ def test_preparing_twice_is_a_no_op_other_settings_are_refused_and_force_redoes(
     refuses("limit_users", prepare, "folder", "own", "mine", limit=2)
     assert prepare("folder", "own", "mine", limit=2, force=True).meta["users"] == ["u0", "u1"]
     assert len(first.windows) == 6                     # an open map outlives its replacement
-    npz("own/u1.npz", rate=60)
+    write("own/u1.npz", npz(rate=60))
     refuses("recordings", prepare, "folder", "own", "mine", limit=2)
     Path("data/notes").mkdir()
     refuses("no data set", prepare, "folder", "own", "notes", force=True)
@@ -290,10 +284,8 @@ def test_a_replacement_that_is_stopped_between_its_last_steps_loses_no_set(monke
     assert prepare("simulated").meta == before and files_in_data() == {"simulated"}
 
 def test_a_set_is_prepared_once_by_two_processes_and_a_kill_leaves_no_half_of_it():
-    def start(hours):
-        words = ["simulated", "--users", "12", "--hours-per-user", hours]
-        return subprocess.Popen([sys.executable, data.__file__, *words], stdout=subprocess.PIPE,
-                                text=True, start_new_session=True)
+    words = [sys.executable, data.__file__, *"simulated --users 12 --hours-per-user".split()]
+    start = lambda hours: Popen([*words, hours], text=True, stdout=PIPE, start_new_session=True)
     killed = start("2")
     while not Path("data/.simulated.partial/windows.npy").exists():
         time.sleep(0.01)
@@ -325,7 +317,7 @@ def test_a_set_that_was_damaged_or_changed_is_noticed():
 # ---------------------------------------------------------------- downloads
 class Misbehaving(http.server.BaseHTTPRequestHandler):
     """GET /KIND/...: 600 kB, delivered as KIND says; `seen`: where it was asked to begin."""
-    body, seen = b"", []
+    body, seen, log_message = b"", [], lambda self, *args: None
 
     def do_GET(self):
         kind, first = self.path.split("/")[1], not self.seen
@@ -338,8 +330,6 @@ class Misbehaving(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         end = {"stalls": start + 1, "cut": 1 << 17, "no-range": 1 << 17}.get(kind)
         self.wfile.write(body[start:end if first or kind == "stalls" else None])
-
-    log_message = lambda self, *args: None
 
 @pytest.mark.parametrize("kind, outcome", {
     "cut": [0, 1 << 17], "no-range": [0, 1 << 17], "busy": [0, 0], "gone": "404",
@@ -363,13 +353,12 @@ def test_a_download_arrives_whole_or_says_why_not_and_leaves_no_archive(kind, ou
 
 # ---------------------------------------------------------------- the simulated population
 def test_the_simulated_population_is_labelled_and_seeded_and_its_spread_sets_people_apart():
-    settings = {"one": {}, "two": {}, "other": {"seed": 1}, "clones": {"spread": 0}}
-    windows, users, labels, _ = prepare("simulated", name="one")
+    windows, users, labels, one = prepare("simulated", name="one")
     assert labels.min() >= 0 and np.bincount(users).tolist() == [36] * 6
     gravity = np.linalg.norm(windows[:, :3].astype(float).mean(2), axis=1)
     assert abs(np.median(gravity) - 1) < 0.1
-    one, two, other, clones = (prepare("simulated", name=name, **flags).meta
-                               for name, flags in settings.items())
+    two, other, clones = (prepare("simulated", name=name, **flags).meta for name, flags in (
+        ("two", {}), ("other", {"seed": 1}), ("clones", {"spread": 0})))
     assert two["fingerprint"] == one["fingerprint"] != other["fingerprint"]
     assert two["sources"] == one["sources"] != other["sources"]
     assert data.held_out_users(clones) == data.held_out_users(one)
@@ -380,8 +369,7 @@ def test_the_simulated_population_is_labelled_and_seeded_and_its_spread_sets_peo
 
 # ---------------------------------------------------------------- who is held out, pooling
 def test_held_out_users_never_change_and_training_users_are_nested_and_alternate():
-    meta = {"name": "m", "users": [f"{source}_{i}" for source in "abc" for i in range(12)],
-            "sources": [source for source in "abc" for _ in range(12)]}
+    meta = {"name": "m", "users": [f"u{i}" for i in range(36)], "sources": sorted("abc" * 12)}
     half_a, half_b = data.held_out_users(meta)
     assert len(half_a) == len(half_b) == 3 and not set(half_a) & set(half_b)
     for seed in range(3):
@@ -402,7 +390,7 @@ def test_fewer_hours_are_a_subset_of_more_hours_and_everyone_is_evaluated_evenly
     assert prepared.users[evaluated].tolist() == [2] * 5 + [0] * 5
 
 def test_sets_are_pooled_by_person_and_class_and_nobody_twice():
-    npz("own/ann.npz", label=np.repeat(["walking", "dancing"], [700, 550]))
+    write("own/ann.npz", npz(label=np.repeat(["walking", "dancing"], [700, 550])))
     mine, other = prepare("folder", "own", "mine"), prepare("simulated")
     pooled = data.load("simulated+mine")
     assert len(pooled.windows) == len(mine.windows) + len(other.windows) == pooled.meta["windows"]
@@ -411,7 +399,7 @@ def test_sets_are_pooled_by_person_and_class_and_nobody_twice():
     assert named[0] == named[1] + named[2] and pooled.meta["classes"].count("walking") == 1
     prepare("folder", "own", "again")
     refuses("a person is in two", data.load, "mine+again")             # one set under two names
-    npz("three/ann.npz", X25[:, :3])
+    write("three/ann.npz", npz(X25[:, :3]))
     three = prepare("folder", "three", "three")
     refuses("channels.* differ", data.load, "mine+three")
     refuses("--sensors gyro", data.windows_at, three, [0], "gyro")
@@ -441,9 +429,8 @@ def test_the_command_line_lists_prepares_draws_and_refuses(run, refused):
 @pytest.mark.parametrize("source", ["motionsense", "sisfall", "uschad"])
 def test_published_archives_give_the_recordings_that_were_prepared_elsewhere(source):
     prepared = prepare(source, REAL / "raw" / "samples")
-    Path("pool").mkdir()
     for user in prepared.meta["users"]:
-        (Path("pool") / f"{user}.npz").symlink_to(REAL / "pool" / f"{user}.npz")
+        write(f"pool/{user}.npz", (REAL / f"pool/{user}.npz").read_bytes())
     pool = prepare("folder", "pool")
     for i, user in enumerate(prepared.meta["users"]):
         theirs = pool.windows[pool.users == i].astype(np.float32)

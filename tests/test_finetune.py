@@ -15,7 +15,6 @@ from model import MAE
 CLASSES = ["fast", "slow", "still"]
 TEN, RED, BLUE = ([f"{name}{u}" for u in range(10)] for name in ("p", "red_", "blue_"))
 
-# ---------------------------------------------------------------- a small world
 def prepare(raw, name):
     units = {"acc_unit": "g", "gyro_unit": "rad/s"}
     data.prepare(name, {"source": "folder", **units, "limit_users": None}, raw)
@@ -64,7 +63,6 @@ def world(tmp_path_factory):
 def result(name, run="a"):
     return read(f"runs/{run}/finetune/{name}.json")
 
-# ---------------------------------------------------------------- who is tested
 @pytest.mark.parametrize("trained_by, tested_by", [
     ("pool", ["pool", "red", "red+blue", "shakes"]), ("red", ["red", "pool", "blue"]),
     ("red+blue", ["pool", "blue"]), ("shakes", ["again"])])
@@ -121,7 +119,6 @@ def test_a_split_by_window_shows_the_leak_that_a_split_by_user_hides(run):
     assert honest["macro_f1"] < 0.6 and leak["macro_f1"] > 0.95
     assert set(leak["folds"][0]["train_users"]) & set(leak["folds"][0]["test_users"])
 
-# ---------------------------------------------------------------- features and the probe
 def test_features_are_mean_and_deviation_over_all_patches():
     model, _ = load_run("runs/a")
     x = torch.randn(3, 6, 200)
@@ -155,7 +152,6 @@ def test_the_penalty_is_chosen_on_validation_rows():
     y[validation] = (z[validation] @ weights[:-1] + weights[-1]).argmax(1)     # they agree with it
     assert finetune.fit_probe(x, y, 4, fit, validation, fit).l2 == l2
 
-# ---------------------------------------------------------------- scores and networks
 def test_scores_by_hand():
     truth, predicted = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([0, 0, 1, 1, 0, 0])
     counts = finetune.confusion(truth, predicted, 4)
@@ -190,7 +186,6 @@ def test_a_network_keeps_the_epoch_that_is_best_for_validation_users(run, mode):
     assert network["macro_f1"] > 0.6                   # by chance: 0.33
     assert Path("runs/a/checkpoint.pt").read_bytes() == before
 
-# ---------------------------------------------------------------- again, at once, to take away
 def test_a_result_is_left_alone_until_the_weights_change_and_two_at_once_do_no_harm(run):
     make_run("b")
     words = [sys.executable, finetune.__file__, "runs/b", "--data", "red"]
@@ -205,7 +200,7 @@ def test_a_result_is_left_alone_until_the_weights_change_and_two_at_once_do_no_h
     assert run("finetune.py runs/b --data red")[0] == 0
     assert result("red-probe", "b") != first
 
-def test_an_exported_encoder_is_small_has_the_same_features_and_is_not_tested_on_whom_it_saw(run, refused):
+def test_an_exported_encoder_is_small_has_the_same_features_and_knows_whom_it_saw(run, refused):
     make_run("large", data.people(data.load("red").meta), width=64, depth=3, heads=4)
     assert run("finetune.py runs/large --export results/encoder")[0] == 0
     exported = Path("results/encoder")

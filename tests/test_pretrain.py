@@ -17,7 +17,6 @@ CELL = f"{TINY} --users 4 --hours-per-user 0.02 --patience 0"
 FLAGS = vars(pretrain.build_parser().parse_args("--patch 20 --batch 8 --rotate 0.5".split()))
 pytestmark = pytest.mark.usefixtures("home")
 
-# ---------------------------------------------------------------- batches, optimiser, average
 def test_a_batch_depends_on_the_seed_and_its_step_alone():
     prepared, rows = data.load("simulated"), np.arange(50)
     first, again, other = (pretrain.batch_at(step, prepared, rows, FLAGS) for step in (7, 7, 8))
@@ -28,13 +27,13 @@ def test_muon_equals_the_library():
     torch.manual_seed(0)
     start = [torch.randn(shape) for shape in ((32, 64), (64, 32), (32, 32), (32, 32))]
     ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
-    optimizers = [pretrain.Muon(ours, dict(lr=0.02, weight_decay=0.1)),
-                  torch.optim.Muon(theirs, 0.02, 0.1)]
+    muon = pretrain.Muon(ours, dict(lr=0.02, weight_decay=0.1))
+    library = torch.optim.Muon(theirs, 0.02, 0.1)
     for _ in range(3):
         for p, q in zip(ours, theirs):
             p.grad = q.grad = torch.randn_like(p)
-        for optimizer in optimizers:
-            optimizer.step()
+        muon.step()
+        library.step()
     for p, q, before in zip(ours, theirs, start):
         assert (p - q).norm() < 0.02 * (q - before).norm(), "equal up to the library's bfloat16"
 
@@ -54,10 +53,9 @@ def test_the_learning_rate_and_the_evaluations_do_not_depend_on_the_end():
     assert steps[0] < 20 and growth.max() < 1.15
     assert np.median(growth) == pytest.approx(1.07, abs=0.01)
 
-# ---------------------------------------------------------------- the held-out loss, and the end
 def test_each_half_of_the_held_out_people_is_scored_at_a_step_chosen_on_the_other():
-    history = [{"people": [1.0, 1.0, 5.0, 5.0]}, {"people": [3.0, 3.0, 4.0, 4.0]},
-               {"people": [2.0, 2.0, 6.0, 6.0]}]    # A is best at the first, B at the second
+    people = [1.0, 1.0, 5.0, 5.0], [3.0, 3.0, 4.0, 4.0], [2.0, 2.0, 6.0, 6.0]
+    history = [{"people": losses} for losses in people]    # A is best at the first, B at the second
     assert pretrain.cross_fitted(history, np.array([0, 0, 1, 1])).tolist() == [3, 3, 5, 5]
 
 def test_every_person_has_one_vote():
@@ -73,7 +71,6 @@ def test_a_run_has_converged_when_it_has_not_improved_over_a_share_of_its_steps(
     assert not pretrain.has_converged([*history, {"step": 9000, "loss": 1.1}], 0)
     assert not pretrain.has_converged([{"step": 70, "loss": 1.0}, {"step": 200, "loss": 1.1}], 0.3)
 
-# ---------------------------------------------------------------- a whole run
 def test_a_cell_leaves_what_it_was_and_what_it_got(run):
     assert run(f"{CELL} --out runs/a --steps 60 --plot")[0] == 0
     result, config = read("runs/a/result.json"), read("runs/a/config.json")
@@ -123,8 +120,7 @@ def test_a_run_ends_by_itself(run):
 
 @pytest.mark.parametrize("flag", [
     "--users 99", "--hours-per-user 0.001", "--patch 7", "--heads 3", "--mask-ratio 1",
-    "--steps 0", "--lr -1", "--patience 1.5", "--patience -0.1", "--device tpu9",
-    "--data nowhere"])
+    "--steps 0", "--lr -1", "--patience 1.5", "--patience -0.1", "--device tpu9", "--data nowhere"])
 def test_what_cannot_be_run_is_refused_in_a_sentence(refused, flag):
     option, value = flag.split()
     words = {"--heads": "heads", "--data": value}.get(option, option)
