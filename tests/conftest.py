@@ -3,6 +3,7 @@ import gc, importlib, json, os, signal, sys
 os.environ["OMP_NUM_THREADS"] = "1"                    # before numpy: waiting threads cost time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))            # so that `pytest` finds them alone
@@ -22,6 +23,22 @@ def pytest_collection_modifyitems(config, items):
 def read(path):
     return json.loads(Path(path).read_text())
 
+def write(path, content):
+    """A file from its text, its bytes or, if it is a .npz, its arrays."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, dict):
+        np.savez(path, **content)
+    else:
+        Path(path).write_bytes(content.encode() if isinstance(content, str) else content)
+
+FLAGS = {"folder": {"acc_unit": "g", "gyro_unit": "rad/s"},
+         "simulated": {"users": 6, "hours_per_user": 0.1, "spread": 1.0, "seed": 0}}
+
+def prepare(what, raw="raw", name=None, limit=None, force=False, **flags):
+    settings = {"source": what, **FLAGS.get(what, {}), **flags, "limit_users": limit}
+    data.prepare(name or what, settings, raw, force)
+    return data.load(name or what)
+
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
     """The test runs in an empty folder."""
@@ -32,8 +49,7 @@ def home(tmp_path_factory):
     """The folder that a file's tests run in, with a small simulated set in data/."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home := tmp_path_factory.mktemp("home"))
-        patch.setattr(sys, "argv", "data.py simulated --users 12 --hours-per-user 0.05".split())
-        data.main()
+        prepare("simulated", users=12, hours_per_user=0.05)
         yield home
 
 @pytest.fixture
@@ -51,10 +67,13 @@ def run(monkeypatch, capfd):
 
 @pytest.fixture
 def refused(run):
-    """Run a command that has to end with status 2 and one sentence, which has these words; `usage`:
-    after what argparse may say of the flags."""
+    """Run a command that has to end with status 2 and one sentence, in which these words are; with
+    `usage`, argparse may have said before how the command is used."""
     def call(line, words, usage=False):
         status, printed, error = run(line)
-        lines = error.splitlines()[-1 if usage and error.startswith("usage: ") else 0:]
-        assert (status, printed, len(lines)) == (2, "", 1) and words in lines[0], error
+        sentences = error.splitlines()
+        if usage and error.startswith("usage: "):
+            sentences = sentences[-1:]
+        assert (status, printed, len(sentences)) == (2, "", 1) and words in sentences[0], error
+        assert "Traceback" not in error
     return call

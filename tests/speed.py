@@ -45,8 +45,7 @@ def time_steps(a):
     bf16_muon = torch.optim.Muon(muon.param_groups[0]["params"], 1e-4, weight_decay=0.05)
     all_adamw = torch.optim.AdamW(mae.parameters(), 1e-4, (0.9, 0.95), weight_decay=0.05)
     rows = {
-        "(nothing changed: the noise)": {},
-        "GELU -> ReLU": {"gelu": F.relu},
+        "(nothing changed: the noise)": {}, "GELU -> ReLU": {"gelu": F.relu},
         "all masked patches predicted -> half of them": {"predicted": 0.5},
         "Muon, fp32, by shape -> torch.optim.Muon (bf16)": {"optimizers": [bf16_muon, adamw]},
         "Muon -> AdamW for all": {"optimizers": [all_adamw]},

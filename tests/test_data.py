@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 
 import data
+from conftest import prepare, write
 from data import GRAVITY, UserError
 
 REAL = Path(data.__file__).resolve().parents[1] / "shared/data"
 ONE, TWO = "0A986513-7828-4D53-AA1F-E02D6DF9561B", "1155FF54-63D3-4AB2-9863-8385D0BD0A13"
 MEMBER, NOISE = "A_DeviceMotion_data/wlk_7/sub_1.csv", np.random.default_rng(0).bytes(600_000)
-POPULATION = dict(users=6, hours_per_user=0.1, spread=1.0, seed=0)
-FLAGS = {"folder": {"acc_unit": "g", "gyro_unit": "rad/s"}, "simulated": POPULATION}
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
 def movement(t):
@@ -31,14 +30,6 @@ def text(line, rows):
     """An array as the text of a file, given how a row is written."""
     return "".join(line % tuple(row) for row in rows)
 
-def write(path, content):
-    """A file from its text, its bytes or, if it is a .npz, its arrays."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(content, dict):
-        np.savez(path, **content)
-    else:
-        Path(path).write_bytes(content.encode() if isinstance(content, str) else content)
-
 def zipped(members, packing=zipfile.ZIP_DEFLATED):
     with zipfile.ZipFile(content := io.BytesIO(), "w", packing) as archive:
         for name, member in members.items():
@@ -49,11 +40,6 @@ def write_archives(raw, what, *contents):
     """Under their published names."""
     for url, content in zip(data.SOURCES[what].archives, contents, strict=True):
         write(f"{raw}/{url.split('/')[-1]}", content)
-
-def prepare(what, raw="raw", name=None, limit=None, force=False, **flags):
-    settings = {"source": what, **FLAGS.get(what, {}), **flags, "limit_users": limit}
-    data.prepare(name or what, settings, raw, force)
-    return data.load(name or what)
 
 def refuses(words, call, *arguments, **flags):
     with pytest.raises(UserError, match=words) as refusal:
@@ -130,18 +116,17 @@ FORMATS = {  # name: (archives, users, windows, labels, s from start to first wi
 def test_every_format_comes_out_as_the_movement_that_was_recorded(what):
     archives, users, n, labels, late = FORMATS[what]
     write_archives("raw", what, *archives())
-    prepared = prepare(what)
-    meta = prepared.meta
-    assert meta["users"] == users and len(prepared.windows) == n
-    assert {meta["classes"][label] for label in prepared.labels if label >= 0} == labels
-    ticks = np.arange(prepared.windows.shape[2]) / 20
-    for i, window in enumerate(prepared.windows.astype(float)):
+    windows, _, numbers, meta = prepare(what)
+    assert meta["users"] == users and len(windows) == n
+    assert {meta["classes"][number] for number in numbers if number >= 0} == labels
+    ticks = np.arange(windows.shape[2]) / 20
+    for i, window in enumerate(windows.astype(float)):
         starts = [late] if what == "ucihar" else [late, late + 10]
         errors = [np.abs(window.T - movement(start + ticks)).mean(0) for start in starts]
         assert any(error[:3].max() < 0.01 and error[3:].max() < 0.05 for error in errors), i
     assert meta["sources"] == [what.split("_")[0]] * len(users)
     assert meta["test_users"] == (["2"] if what == "ucihar" else None)
-    assert prepared.windows.dtype == np.float16 and meta["seconds"] == len(ticks) / 20
+    assert windows.dtype == np.float16 and meta["seconds"] == len(ticks) / 20
     assert what != "extrasensory" or sorted(meta["left_out"].values()) == [2, 2, 4]
 
 # ---------------------------------------------------------------- own recordings

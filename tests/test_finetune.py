@@ -8,28 +8,23 @@ import torch
 
 import data
 import finetune
-from conftest import read
+from conftest import prepare, read, write
 from finetune import Encoder, in_batches, load_run
 from model import MAE
 
 CLASSES = ["fast", "slow", "still"]
 TEN, RED, BLUE = ([f"{name}{u}" for u in range(10)] for name in ("p", "red_", "blue_"))
 
-def prepare(raw, name):
-    units = {"acc_unit": "g", "gyro_unit": "rad/s"}
-    data.prepare(name, {"source": "folder", **units, "limit_users": None}, raw)
-
 def record(raw, users, labels=CLASSES):
     """The set RAW: each user does each activity for half a minute, in a style of their own."""
-    Path(raw).mkdir()
     rng, label = np.random.default_rng(0), np.repeat(labels, 600)
     hertz = np.select([label == "fast", label == "slow"], [3, 1])[:, None]
     for user in users:
         style = rng.uniform(0.2, 0.4, 6) * (hertz > 0)
         x = style * np.sin(2 * np.pi * hertz.cumsum(0) / 20 + rng.uniform(0, 6, 6))
         x += 0.05 * rng.standard_normal(x.shape)
-        np.savez(Path(raw) / user, signal=x, rate=20.0, label=label)
-    prepare(raw, raw)
+        write(f"{raw}/{user}.npz", {"signal": x, "rate": 20.0, "label": label})
+    prepare("folder", raw, raw)
 
 def make_run(name, trained_on=(("else", "where"),), seed=0, **shape):
     """runs/NAME/ as pretrain.py leaves it, with random weights, no block the identity."""
@@ -53,7 +48,7 @@ def world(tmp_path_factory):
         for raw, users in {"shakes": TEN, "red": RED, "blue": BLUE, "pool": RED + BLUE}.items():
             record(raw, users)
         record("unlabelled", TEN[:2], labels=["", ""])
-        prepare("shakes", "again")
+        prepare("folder", "shakes", "again")
         shutil.copytree("data/shakes", "data/official")
         meta = read("data/shakes/meta.json") | {"test_users": ["p2", "p5", "p7"]}
         data.write_json(Path("data/official/meta.json"), meta)
@@ -109,11 +104,11 @@ def test_few_labelled_users_are_among_more_of_them(run):
 
 def test_a_split_by_window_shows_the_leak_that_a_split_by_user_hides(run):
     """Users do one activity each, and are told by how a sensor is worn: new ones can't be told."""
-    Path("habits").mkdir()
     for u, style in enumerate(np.random.default_rng(1).uniform(-1, 1, (15, 6))):
         x = style + 0.05 * np.random.default_rng(u).standard_normal((2000, 6))
-        np.savez(f"habits/p{u}", signal=x, rate=20.0, label=[CLASSES[u % 3]] * 2000)
-    prepare("habits", "habits")
+        label = [CLASSES[u % 3]] * 2000
+        write(f"habits/p{u}.npz", {"signal": x, "rate": 20.0, "label": label})
+    prepare("folder", "habits", "habits")
     assert run("finetune.py runs/a --data habits --split window")[0] == 0
     honest, leak = result("habits-probe"), result("habits-probe-window")
     assert honest["macro_f1"] < 0.6 and leak["macro_f1"] > 0.95
