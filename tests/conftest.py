@@ -1,10 +1,16 @@
-"""Tests marked `slow` take minutes and run only by name: python -m pytest -m slow"""
-import signal, sys
+"""What several test files use. Tests marked `slow` take minutes and run only by name: -m slow"""
+import gc, importlib, json, os, signal, sys
+os.environ["OMP_NUM_THREADS"] = "1"                    # before numpy: waiting threads cost time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))            # so that `pytest` finds them alone
+import data
+
+# A shell that starts the tests in the background has them, and all they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; run by hand with -m slow")
@@ -14,16 +20,60 @@ def pytest_collection_modifyitems(config, items):
         if "slow" in item.keywords and "slow" not in config.getoption("-m"):
             item.add_marker(pytest.mark.skip(reason="takes minutes: python -m pytest -m slow"))
 
-# A shell that starts the tests in the background has them, and all they start, ignore Ctrl-C.
-signal.signal(signal.SIGINT, signal.default_int_handler)
+def read(path):
+    return json.loads(Path(path).read_text())
+
+def write(path, content):
+    """A file from its text, its bytes or, if it is a .npz, its arrays."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, dict):
+        np.savez(path, **content)
+    else:
+        Path(path).write_bytes(content.encode() if isinstance(content, str) else content)
+
+FLAGS = {"folder": {"acc_unit": "g", "gyro_unit": "rad/s"},
+         "simulated": {"users": 6, "hours_per_user": 0.1, "spread": 1.0, "seed": 0}}
+
+def prepare(what, raw="raw", name=None, limit=None, force=False, **flags):
+    settings = {"source": what, **FLAGS.get(what, {}), **flags, "limit_users": limit}
+    data.prepare(name or what, settings, raw, force)
+    return data.load(name or what)
 
 @pytest.fixture
-def main_of(monkeypatch, capsys):
-    """A script's main as from the command line: (exit status, stdout, stderr)."""
-    def call(module, *words):
-        from data import command         # here: a test file sets its threads before numpy is there
-        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, words)])
+def elsewhere(tmp_path, monkeypatch):
+    """The test runs in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """The folder that a file's tests run in, with a small simulated set in data/."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home := tmp_path_factory.mktemp("home"))
+        prepare("simulated", users=12, hours_per_user=0.05)
+        yield home
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """A command, such as "data.py plot pool", in this process: (exit status, stdout, stderr)."""
+    def call(line):
+        words = line.split()
+        gc.collect()                                   # frees the lock of a run that was refused
+        monkeypatch.setattr(sys, "argv", words)
+        monkeypatch.setattr(signal, "signal", lambda *handler: None)     # Ctrl-C stays pytest's
         with pytest.raises(SystemExit) as end:
-            command(module.main)
-        return end.value.code or 0, *capsys.readouterr()
+            data.command(importlib.import_module(words[0].removesuffix(".py")).main)
+        return end.value.code or 0, *capfd.readouterr()
+    return call
+
+@pytest.fixture
+def refused(run):
+    """Run a command that has to end with status 2 and one sentence, in which these words are; with
+    `usage`, argparse may have said before how the command is used."""
+    def call(line, words, usage=False):
+        status, printed, error = run(line)
+        sentences = error.splitlines()
+        if usage and error.startswith("usage: "):
+            sentences = sentences[-1:]
+        assert (status, printed, len(sentences)) == (2, "", 1) and words in sentences[0], error
+        assert "Traceback" not in error
     return call

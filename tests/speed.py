@@ -21,17 +21,21 @@ import torch.nn.functional as F
 from contender import PEERS
 import model
 import pretrain
-from data import draw_windows, load, random_stream, training_users
+from data import draw_windows, load, random_stream, training_users, windows_at
 
 CURVES = Path("results/time_to_quality.csv")
 COLOURS = {"ours": "#0072B2", "ours-0.5s": "#56B4E9", "hugging-face": "#D55E00",
            "vit-pytorch": "#009E73"}
-COLUMNS = ["contender", "lr", "budget", "step", "core_seconds", "explained"]
 
 def keep_memory(keep=True):
     """Whether the C library keeps what is freed (glibc's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD)."""
     for option in (-3, -1):
         ctypes.CDLL(None).mallopt(option, 2 ** 30 if keep else 2 ** 17)
+
+def update(optimizers):
+    for o in optimizers:
+        o.step()
+        o.zero_grad()
 
 # ---------------------------------------------------------------- the step, without its tricks
 def time_steps(a):
@@ -41,8 +45,7 @@ def time_steps(a):
     bf16_muon = torch.optim.Muon(muon.param_groups[0]["params"], 1e-4, weight_decay=0.05)
     all_adamw = torch.optim.AdamW(mae.parameters(), 1e-4, (0.9, 0.95), weight_decay=0.05)
     rows = {
-        "(nothing changed: the noise)": {},
-        "GELU -> ReLU": {"gelu": F.relu},
+        "(nothing changed: the noise)": {}, "GELU -> ReLU": {"gelu": F.relu},
         "all masked patches predicted -> half of them": {"predicted": 0.5},
         "Muon, fp32, by shape -> torch.optim.Muon (bf16)": {"optimizers": [bf16_muon, adamw]},
         "Muon -> AdamW for all": {"optimizers": [all_adamw]},
@@ -55,9 +58,7 @@ def time_steps(a):
                 began = began if n > 2 else time.process_time()
                 keep, masked = model.draw_masks(a.batch, 80, 0.75)
                 mae(x, keep, masked[:, :int(predicted * masked.shape[1])]).mean().backward()
-                for o in optimizers:
-                    o.step()
-                    o.zero_grad()
+                update(optimizers)
                 pretrain.update_average(average, mae, 100, 7)
         return (time.process_time() - began) / 4
 
@@ -67,64 +68,53 @@ def time_steps(a):
               f"{statistics.median(without / full for full, without in pairs):.2f} |", flush=True)
 
 # ---------------------------------------------------------------- time to quality
-def our_run(flags, lr, prepared, rows, held):
-    """(update, evaluate): the loop of pretrain.py, and the loss of its averaged weights."""
-    mae = model.MAE(64, 3, 4, flags["patch"])
-    average = copy.deepcopy(mae)
-    optimizers = pretrain.build_optimizers(mae, lr or flags["lr"], flags["weight_decay"])
-    keep_memory()
-
-    def update(step, progress):
-        for o in optimizers:
-            share = pretrain.schedule(step, flags["tau"], flags["decay"])
-            o.param_groups[0]["lr"] = o.defaults["lr"] * share
-        mae(*pretrain.batch_at(step, prepared, rows, flags)).mean().backward()
-        for o in optimizers:
-            o.step()
-            o.zero_grad()
-        pretrain.update_average(average, mae, step + 1, flags["average"])
-    return update, lambda: pretrain.evaluate(average, held).mean()
-
-def peer_run(peer, flags, lr, prepared, rows, held):
-    """The same for a peer: AdamW, warm-up, cosine to zero."""
-    weights = [p for p in peer.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr, (0.9, 0.95), weight_decay=0.05)
-
-    def update(step, progress):
-        cosine = 0.5 + 0.5 * math.cos(math.pi * min(1, progress))
-        optimizer.param_groups[0]["lr"] = lr * min(1, progress / 0.05) * cosine
-        drawn = random_stream(0, "batch", step).integers(len(rows), size=flags["batch"])
-        peer(torch.from_numpy(pretrain.windows_at(prepared, rows[drawn], "both"))).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    @torch.no_grad()
-    def evaluate():                                    # the same masks each time
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            people = [held.x[held.person == person] for person in range(len(held.people))]
-            return statistics.mean(peer(x).item() for x in people)
-    return update, evaluate
+@torch.no_grad()
+def peer_loss(peer, held):
+    """The mean loss of the held-out people, with the same masks each time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        people = [held.x[held.person == person] for person in range(len(held.people))]
+        return statistics.mean(peer(x).item() for x in people)
 
 def curve(name, lr, seconds):
-    """Train for so many CPU seconds. Yields a row of the table at each evaluation."""
-    prepared = load("pool")
+    """Train for so many CPU seconds: ours as pretrain.py does, a peer with AdamW, warm-up and a
+    cosine to zero. Yields a row of the table at each evaluation."""
+    prepared, ours = load("pool"), name.startswith("ours")
     flags = vars(pretrain.build_parser().parse_args(["--patch", "5" if name == "ours" else "10"]))
     rows = draw_windows(prepared, training_users(prepared.meta, 0), None, 0)
     held = pretrain.held_out(prepared, flags)
     plain = model.MAE(64, 3, 4, flags["patch"])
     baseline = pretrain.evaluate(lambda *batch: model.baseline_loss(plain, *batch), held).mean()
     torch.manual_seed(0)
-    setting = flags, lr, prepared, rows, held
-    ours = name.startswith("ours")
-    update, evaluate = our_run(*setting) if ours else peer_run(PEERS[name](64, 3, 4), *setting)
+    net = model.MAE(64, 3, 4, flags["patch"]) if ours else PEERS[name](64, 3, 4)
     step, spent = 0, 0.0
+    if ours:
+        keep_memory()
+        average = copy.deepcopy(net)
+        optimizers = pretrain.build_optimizers(net, lr or flags["lr"], flags["weight_decay"])
+    else:
+        weights = [p for p in net.parameters() if p.requires_grad]
+        optimizers = [torch.optim.AdamW(weights, lr, (0.9, 0.95), weight_decay=0.05)]
     while spent < seconds:
-        began = time.process_time()
-        update(step, spent / seconds)
-        step, spent = step + 1, spent + time.process_time() - began
+        began, progress = time.process_time(), spent / seconds
+        if ours:
+            share = pretrain.schedule(step, flags["tau"], flags["decay"])
+            loss = net(*pretrain.batch_at(step, prepared, rows, flags)).mean()
+        else:
+            share = min(1, progress / 0.05) * (0.5 + 0.5 * math.cos(math.pi * progress))
+            drawn = random_stream(0, "batch", step).integers(len(rows), size=flags["batch"])
+            loss = net(torch.from_numpy(windows_at(prepared, rows[drawn], "both")))
+        loss.backward()
+        for o in optimizers:
+            o.param_groups[0]["lr"] = o.defaults["lr"] * share
+        update(optimizers)
+        step += 1
+        if ours:
+            pretrain.update_average(average, net, step, flags["average"])
+        spent += time.process_time() - began
         if pretrain.is_evaluated(step) or spent >= seconds:
-            yield [step, round(spent, 2), round(1 - evaluate() / baseline, 5)]
+            loss = pretrain.evaluate(average, held).mean() if ours else peer_loss(net, held)
+            yield [step, round(spent, 2), round(1 - loss / baseline, 5)]
 
 def measure_curves(a):
     for contender in a.contenders:
@@ -137,10 +127,10 @@ def measure_curves(a):
             lines.append(setting + line)
             print(*lines[-1], flush=True)
         with CURVES.open("a", newline="") as file:
-            heading = [] if file.tell() else [COLUMNS]
-            csv.writer(file).writerows(heading + lines)
+            columns = ["contender", "lr", "budget", "step", "core_seconds", "explained"]
+            csv.writer(file).writerows(lines if file.tell() else [columns, *lines])
 
-def draw():
+def draw(a):
     """Table and figure of the curves: the best learning rate of each, the others faint."""
     from matplotlib import pyplot as plt
     curves = {}
@@ -152,13 +142,13 @@ def draw():
           "|---|---|---|---|---|")
     for (name, lr, budget), points in curves.items():
         first = [next((f"{t:.0f}" for t, y in points if y >= level), "-") for level in (20, 28)]
-        last_time, last = points[-1]
-        print(f"| {name} | {lr} | {first[0]} | {first[1]} | {last:.1f} %, {last_time:.0f} |")
+        seconds, last = points[-1]
+        print(f"| {name} | {lr} | {first[0]} | {first[1]} | {last:.1f} %, {seconds:.0f} |")
         best = last == max(end[-1][1] for key, end in curves.items() if key[0] == name)
-        colour = COLOURS[name]
-        ax.plot(*zip(*points), color=colour, lw=2 if best else 0.7, alpha=1 if best else 0.5)
+        [line] = ax.plot(*zip(*points), color=COLOURS[name], lw=0.7, alpha=0.5)
         if best:
-            ax.annotate(f" {name}", points[-1], color=colour, va="center")
+            line.set(lw=2, alpha=1)
+            ax.annotate(f" {name}", points[-1], color=COLOURS[name], va="center")
     for level in (20, 28):
         ax.axhline(level, color="0.8", lw=0.8, zorder=0)
     ax.set(xscale="log", xlim=(2, 1500), ylim=(-5, None), xlabel="core-seconds of training",
@@ -167,8 +157,7 @@ def draw():
     fig.savefig(CURVES.with_suffix(".png"), dpi=120)
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("what", choices=["steps", "quality", "draw"])
     p.add_argument("contenders", nargs="*", help="ours, ours-0.5s, or a peer:learning rate")
     p.add_argument("--seconds", type=float, default=400, help="CPU seconds of each curve")
@@ -177,7 +166,7 @@ def main():
     p.add_argument("--rounds", type=int, default=9, help="steps: paired rounds, for a median")
     a = p.parse_args()
     torch.set_num_threads(1)
-    {"steps": time_steps, "quality": measure_curves, "draw": lambda a: draw()}[a.what](a)
+    {"steps": time_steps, "quality": measure_curves, "draw": draw}[a.what](a)
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,5 @@
 """Downstream: who is tested, what is fitted, what a score means, what is refused."""
-import json, os, shutil, signal, subprocess, sys
-os.environ["OMP_NUM_THREADS"] = "1"                    # before numpy: waiting threads cost time
-from functools import partial
+import shutil, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -10,29 +8,23 @@ import torch
 
 import data
 import finetune
-import pretrain
+from conftest import prepare, read, write
 from finetune import Encoder, in_batches, load_run
 from model import MAE
 
 CLASSES = ["fast", "slow", "still"]
 TEN, RED, BLUE = ([f"{name}{u}" for u in range(10)] for name in ("p", "red_", "blue_"))
 
-# ---------------------------------------------------------------- a small world
-def prepare(raw, name):
-    units = {"acc_unit": "g", "gyro_unit": "rad/s"}
-    data.prepare(name, {"source": "folder", **units, "limit_users": None}, raw)
-
 def record(raw, users, labels=CLASSES):
     """The set RAW: each user does each activity for half a minute, in a style of their own."""
-    Path(raw).mkdir()
     rng, label = np.random.default_rng(0), np.repeat(labels, 600)
     hertz = np.select([label == "fast", label == "slow"], [3, 1])[:, None]
     for user in users:
         style = rng.uniform(0.2, 0.4, 6) * (hertz > 0)
         x = style * np.sin(2 * np.pi * hertz.cumsum(0) / 20 + rng.uniform(0, 6, 6))
         x += 0.05 * rng.standard_normal(x.shape)
-        np.savez(Path(raw) / user, signal=x, rate=20.0, label=label)
-    prepare(raw, raw)
+        write(f"{raw}/{user}.npz", {"signal": x, "rate": 20.0, "label": label})
+    prepare("folder", raw, raw)
 
 def make_run(name, trained_on=(("else", "where"),), seed=0, **shape):
     """runs/NAME/ as pretrain.py leaves it, with random weights, no block the identity."""
@@ -56,73 +48,52 @@ def world(tmp_path_factory):
         for raw, users in {"shakes": TEN, "red": RED, "blue": BLUE, "pool": RED + BLUE}.items():
             record(raw, users)
         record("unlabelled", TEN[:2], labels=["", ""])
-        prepare("shakes", "again")
+        prepare("folder", "shakes", "again")
         shutil.copytree("data/shakes", "data/official")
-        meta = json.loads(Path("data/shakes/meta.json").read_text())
-        data.write_json(Path("data/official/meta.json"), meta | {"test_users": ["p2", "p5", "p7"]})
+        meta = read("data/shakes/meta.json") | {"test_users": ["p2", "p5", "p7"]}
+        data.write_json(Path("data/official/meta.json"), meta)
         make_run("a")
         yield
 
-@pytest.fixture
-def command(main_of):
-    return partial(main_of, finetune)
-
 def result(name, run="a"):
-    return json.loads(Path(f"runs/{run}/finetune/{name}.json").read_text())
+    return read(f"runs/{run}/finetune/{name}.json")
 
-def persons(name):
-    """{(source, user), ...} of a set."""
-    return set(data.people(data.load(name).meta))
-
-# ---------------------------------------------------------------- who is tested
 @pytest.mark.parametrize("trained_by, tested_by", [
     ("pool", ["pool", "red", "red+blue", "shakes"]), ("red", ["red", "pool", "blue"]),
     ("red+blue", ["pool", "blue"]), ("shakes", ["again"])])
-def test_nobody_is_tested_who_was_trained_on(command, monkeypatch, trained_by, tested_by):
+def test_nobody_is_tested_who_was_trained_on(run, trained_by, tested_by):
     """Whatever a set is called: a pool and its parts, pooled sets, one set under two names."""
-    run = f"by-{trained_by}"
     if trained_by == "pool":                           # as pretrain.py records it
-        flags = "--users 4 --width 16 --depth 1 --heads 2 --patch 20 --steps 2 --threads 1"
-        words = ["pretrain.py", "--data", "pool", "--out", f"runs/{run}", *flags.split()]
-        monkeypatch.setattr(sys, "argv", words)
-        monkeypatch.setattr(signal, "signal", lambda *handler: None)     # Ctrl-C stays pytest's
-        pretrain.main()
+        run("pretrain.py --data pool --out runs/by-pool --users 4 --width 16 --depth 1 --heads 2 "
+            "--patch 20 --steps 2 --threads 1")
     else:
         meta = data.load(trained_by).meta
-        make_run(run, data.people(meta, data.training_users(meta, 0)))
-    trained_on = set(map(tuple, load_run(f"runs/{run}")[1]["trained_on"]))
+        make_run(f"by-{trained_by}", data.people(meta, data.training_users(meta, 0)))
+    trained_on = set(map(tuple, load_run(f"runs/by-{trained_by}")[1]["trained_on"]))
     for name in tested_by:
-        assert command(f"runs/{run}", "--data", name)[0] == 0
-        folds = result(f"{name}-probe", run)["folds"]
+        assert run(f"finetune.py runs/by-{trained_by} --data {name}")[0] == 0
+        folds, meta = result(f"{name}-probe", f"by-{trained_by}")["folds"], data.load(name).meta
         assert not any(set(fold["train_users"]) & set(fold["test_users"]) for fold in folds)
-        names = sum((fold["test_users"] for fold in folds), [])
-        tested = {person for person in persons(name) if person[1] in names}
+        users, everyone = sum((fold["test_users"] for fold in folds), []), set(data.people(meta))
+        tested = {person for person in everyone if person[1] in users}
         assert tested and not tested & trained_on
-        if persons(name) & trained_on:                 # shared people: the held-out are tested
-            meta = data.load(name).meta
+        if everyone & trained_on:                      # shared people: the held-out are tested
             assert tested == set(data.people(meta, sum(data.held_out_users(meta), [])))
         else:                                          # strangers: everyone, in one of five folds
-            assert tested == persons(name) and len(folds) == 5
+            assert tested == everyone and len(folds) == 5
 
-def test_a_set_is_refused_in_a_sentence_if_no_user_is_left_to_test(command):
-    make_run("saw-all", persons("red"))
-    status, _, error = command("runs/saw-all", "--data", "red")
-    assert status == 2 and len(error.splitlines()) == 1 and "pre-trained on 10 of 10" in error
-    assert command("runs/saw-all", "--data", "pool")[0] == 0
-    assert {user[:4] for user in result("pool-probe", "saw-all")["test_users"]} == {"blue"}
-
-def test_official_test_users_are_tested_unless_one_was_trained_on(command):
+def test_official_test_users_are_tested_unless_one_was_trained_on(run, refused):
     make_run("saw-two", [("shakes", "p0"), ("shakes", "p1")])
     make_run("saw-one-of-them", [("shakes", "p0"), ("shakes", "p5")])
-    assert command("runs/saw-two", "--data", "official")[0] == 0
+    assert run("finetune.py runs/saw-two --data official")[0] == 0
     assert result("official-probe", "saw-two")["test_users"] == ["p2", "p5", "p7"]
-    assert command("runs/saw-two", "--data", "official", "--split", "validation")[0] == 0
+    assert run("finetune.py runs/saw-two --data official --split validation")[0] == 0
     tested = result("official-probe-validation", "saw-two")["test_users"]
     assert set(tested) == set(TEN) - {"p2", "p5", "p7", "p0", "p1"}            # to choose a run by
-    assert "pre-trained on 2 of 10" in command("runs/saw-one-of-them", "--data", "official")[2]
+    refused("finetune.py runs/saw-one-of-them --data official", "pre-trained on 2 of 10")
 
-def test_few_labelled_users_are_among_more_of_them(command):
-    assert command("runs/a", "--data", "official", "--label-users", "1,4")[0] == 0
+def test_few_labelled_users_are_among_more_of_them(run):
+    assert run("finetune.py runs/a --data official --label-users 1,4")[0] == 0
     draws = [result(f"official-probe-u{count}")["folds"] for count in (1, 4)]
     assert [len(folds) for folds in draws] == [5, 5]                           # drawn five times
     for folds in zip(*draws):
@@ -131,19 +102,18 @@ def test_few_labelled_users_are_among_more_of_them(command):
         assert not more & {"p2", "p5", "p7"}
     assert Path("runs/a/finetune/label-users.png").exists()
 
-def test_a_split_by_window_shows_the_leak_that_a_split_by_user_hides(command):
+def test_a_split_by_window_shows_the_leak_that_a_split_by_user_hides(run):
     """Users do one activity each, and are told by how a sensor is worn: new ones can't be told."""
-    Path("habits").mkdir()
     for u, style in enumerate(np.random.default_rng(1).uniform(-1, 1, (15, 6))):
         x = style + 0.05 * np.random.default_rng(u).standard_normal((2000, 6))
-        np.savez(f"habits/p{u}", signal=x, rate=20.0, label=[CLASSES[u % 3]] * 2000)
-    prepare("habits", "habits")
-    assert command("runs/a", "--data", "habits", "--split", "window")[0] == 0
+        label = [CLASSES[u % 3]] * 2000
+        write(f"habits/p{u}.npz", {"signal": x, "rate": 20.0, "label": label})
+    prepare("folder", "habits", "habits")
+    assert run("finetune.py runs/a --data habits --split window")[0] == 0
     honest, leak = result("habits-probe"), result("habits-probe-window")
     assert honest["macro_f1"] < 0.6 and leak["macro_f1"] > 0.95
     assert set(leak["folds"][0]["train_users"]) & set(leak["folds"][0]["test_users"])
 
-# ---------------------------------------------------------------- features and the probe
 def test_features_are_mean_and_deviation_over_all_patches():
     model, _ = load_run("runs/a")
     x = torch.randn(3, 6, 200)
@@ -177,7 +147,6 @@ def test_the_penalty_is_chosen_on_validation_rows():
     y[validation] = (z[validation] @ weights[:-1] + weights[-1]).argmax(1)     # they agree with it
     assert finetune.fit_probe(x, y, 4, fit, validation, fit).l2 == l2
 
-# ---------------------------------------------------------------- scores and networks
 def test_scores_by_hand():
     truth, predicted = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([0, 0, 1, 1, 0, 0])
     counts = finetune.confusion(truth, predicted, 4)
@@ -187,10 +156,10 @@ def test_scores_by_hand():
     assert scores["per_class_f1"] == [pytest.approx(4 / 7), pytest.approx(2 / 4), 0, None]
     assert scores["macro_f1"] == pytest.approx((4 / 7 + 1 / 2 + 0) / 3)        # nobody has class 3
 
-def test_a_result_has_its_files_and_keys_and_is_compared_by_paired_folds(command):
-    flags = ["runs/a", "--data", "shakes", "--sensors", "acc", "--label-users", 4]
-    command(*flags, "--mode", "random")
-    status, printed, _ = command(*flags)
+def test_a_result_has_its_files_and_keys_and_is_compared_by_paired_folds(run):
+    line = "finetune.py runs/a --data shakes --sensors acc --label-users 4"
+    run(f"{line} --mode random")
+    status, printed, _ = run(line)
     probe, other = (result(f"shakes-{mode}-acc-u4") for mode in ("probe", "random"))
     assert Path("runs/a/finetune/shakes-probe-acc-u4.png").exists()
     assert probe["classes"] == CLASSES and len(probe["per_class_f1"]) == 3
@@ -203,50 +172,50 @@ def test_a_result_has_its_files_and_keys_and_is_compared_by_paired_folds(command
     assert f"standard error {gain.std(ddof=1) / 5 ** 0.5:.4f}" in printed
 
 @pytest.mark.parametrize("mode", ["tune", "scratch"])
-def test_a_network_keeps_the_epoch_that_is_best_for_validation_users(command, mode):
+def test_a_network_keeps_the_epoch_that_is_best_for_validation_users(run, mode):
     before = Path("runs/a/checkpoint.pt").read_bytes()
-    _, printed, _ = command("runs/a", "--data", "official", "--mode", mode, "--patience", 2)
+    _, printed, _ = run(f"finetune.py runs/a --data official --mode {mode} --patience 2")
     epochs = [line.split() for line in printed.splitlines() if line.startswith("epoch")]
     best, network = np.argmax([words[3] for words in epochs]), result(f"official-{mode}")
     assert network["folds"][0]["epoch"] == best + 1 == len(epochs) - 2
     assert network["macro_f1"] > 0.6                   # by chance: 0.33
     assert Path("runs/a/checkpoint.pt").read_bytes() == before
 
-# ---------------------------------------------------------------- again, at once, to take away
-def test_a_result_is_left_alone_until_the_weights_change_and_two_at_once_do_no_harm(command):
+def test_a_result_is_left_alone_until_the_weights_change_and_two_at_once_do_no_harm(run):
     make_run("b")
     words = [sys.executable, finetune.__file__, "runs/b", "--data", "red"]
     two = [subprocess.Popen(words) for _ in range(2)]
     assert [process.wait() for process in two] == [0, 0]
     folder = Path("runs/b/finetune")
     assert sorted(p.name for p in folder.iterdir()) == ["red-probe.json", "red-probe.png"]
-    first = result("red-probe", "b"), (folder / "red-probe.json").stat().st_mtime_ns
-    assert command("runs/b", "--data", "red")[0] == 0
-    assert (folder / "red-probe.json").stat().st_mtime_ns == first[1]
+    first, made = result("red-probe", "b"), (folder / "red-probe.json").stat().st_mtime_ns
+    assert run("finetune.py runs/b --data red")[0] == 0
+    assert (folder / "red-probe.json").stat().st_mtime_ns == made
     make_run("b", seed=1)
-    assert command("runs/b", "--data", "red")[0] == 0
-    assert result("red-probe", "b") != first[0]
+    assert run("finetune.py runs/b --data red")[0] == 0
+    assert result("red-probe", "b") != first
 
-def test_an_exported_encoder_is_small_has_the_same_features_and_says_whom_it_saw(command):
-    make_run("large", persons("red"), width=64, depth=3, heads=4)
-    assert command("runs/large", "--export", "results/encoder")[0] == 0
+def test_an_exported_encoder_is_small_has_the_same_features_and_knows_whom_it_saw(run, refused):
+    make_run("large", data.people(data.load("red").meta), width=64, depth=3, heads=4)
+    assert run("finetune.py runs/large --export results/encoder")[0] == 0
     exported = Path("results/encoder")
     assert sorted(path.name for path in exported.iterdir()) == ["checkpoint.pt", "config.json"]
     assert (exported / "checkpoint.pt").stat().st_size < 700_000
     x = np.float32(np.random.default_rng(0).standard_normal((5, 6, 200))) / data.SCALE
-    features, original = (in_batches(Encoder(load_run(run)[0]), x)
-                          for run in (exported, "runs/large"))
+    features, original = (in_batches(Encoder(load_run(path)[0]), x)
+                          for path in (exported, "runs/large"))
     assert features.shape == (5, 512) and torch.equal(features, original)
-    assert "pre-trained on 10 of 10" in command("results/encoder", "--data", "red")[2]
-    assert "holds a whole run" in command("runs/a", "--export", "runs/by-pool")[2]
+    refused("finetune.py results/encoder --data red", "pre-trained on 10 of 10")
+    assert run("finetune.py results/encoder --data pool")[0] == 0
+    tested = read(exported / "finetune/pool-probe.json")["test_users"]
+    assert {user[:4] for user in tested} == {"blue"}
+    refused("finetune.py runs/a --export runs/by-pool", "holds a whole run")
 
-def test_what_cannot_be_used_is_refused_in_a_sentence(command):
+def test_what_cannot_be_used_is_refused_in_a_sentence(run, refused):
     make_run("acc", sensors=1)
-    for flags, words in {"acc --data shakes --sensors gyro": "--sensors acc",
-                         "acc --data shakes": "--sensors acc",
-                         "a --data unlabelled": "no labels",
-                         "a --data shakes --label-users 20": "20 is more",
-                         "a --data nowhere": "not prepared"}.items():
-        status, _, error = command(*f"runs/{flags}".split())
-        assert status == 2 and words in error and len(error.splitlines()) == 1, (flags, error)
-    assert command("runs/acc", "--data", "shakes", "--sensors", "acc")[0] == 0
+    refused("finetune.py runs/acc --data shakes --sensors gyro", "--sensors acc")
+    refused("finetune.py runs/acc --data shakes", "--sensors acc")
+    refused("finetune.py runs/a --data unlabelled", "no labels")
+    refused("finetune.py runs/a --data shakes --label-users 20", "20 is more")
+    refused("finetune.py runs/a --data nowhere", "not prepared")
+    assert run("finetune.py runs/acc --data shakes --sensors acc")[0] == 0

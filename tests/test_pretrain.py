@@ -1,5 +1,5 @@
 """Pre-training: batches, averaged weights, when a run ends, what its loss is, what is refused."""
-import gc, json, signal, sys
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,42 +8,18 @@ import torch
 
 import data
 import pretrain
+from conftest import read
 from finetune import load_run
 from model import MAE
 
-TINY = ["--width", "16", "--depth", "1", "--heads", "2", "--patch", "20", "--batch", "16",
-        "--threads", "1"]
-CELL = ["--users", 4, "--hours-per-user", 0.02, "--patience", 0]
+TINY = "pretrain.py --width 16 --depth 1 --heads 2 --patch 20 --batch 16 --threads 1"
+CELL = f"{TINY} --users 4 --hours-per-user 0.02 --patience 0"
+FLAGS = vars(pretrain.build_parser().parse_args("--patch 20 --batch 8 --rotate 0.5".split()))
+pytestmark = pytest.mark.usefixtures("home")
 
-@pytest.fixture(scope="module", autouse=True)
-def home(tmp_path_factory):
-    """Every test runs in a folder with a small simulated set in data/."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("home"))
-        patch.setattr(sys, "argv", "data.py simulated --users 12 --hours-per-user 0.05".split())
-        data.main()
-        yield
-
-@pytest.fixture
-def run(monkeypatch, main_of):
-    """pretrain.py as from the command line: (exit status, stderr)."""
-    def call(out, *flags):
-        monkeypatch.setattr(signal, "signal", lambda *handler: None)     # Ctrl-C stays pytest's
-        status, _, error = main_of(pretrain, "--data", "simulated", *TINY, "--out", out, *flags)
-        gc.collect()                                   # frees the lock of a run that was refused
-        return status, error
-    return call
-
-def read(path):
-    return json.loads(Path(path).read_text())
-
-# ---------------------------------------------------------------- batches, optimiser, average
 def test_a_batch_depends_on_the_seed_and_its_step_alone():
     prepared, rows = data.load("simulated"), np.arange(50)
-    flags = {"seed": 3, "batch": 8, "sensors": "both", "patch": 20, "mask_ratio": 0.75,
-             "rotate": 0.5}
-    first, again = (pretrain.batch_at(7, prepared, rows, flags) for _ in range(2))
-    other = pretrain.batch_at(8, prepared, rows, flags)
+    first, again, other = (pretrain.batch_at(step, prepared, rows, FLAGS) for step in (7, 7, 8))
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     assert not torch.equal(first[0], other[0]) and not torch.equal(first[1], other[1])
 
@@ -51,13 +27,13 @@ def test_muon_equals_the_library():
     torch.manual_seed(0)
     start = [torch.randn(shape) for shape in ((32, 64), (64, 32), (32, 32), (32, 32))]
     ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
-    optimizers = [pretrain.Muon(ours, dict(lr=0.02, weight_decay=0.1)),
-                  torch.optim.Muon(theirs, 0.02, 0.1)]
+    muon = pretrain.Muon(ours, dict(lr=0.02, weight_decay=0.1))
+    library = torch.optim.Muon(theirs, 0.02, 0.1)
     for _ in range(3):
         for p, q in zip(ours, theirs):
             p.grad = q.grad = torch.randn_like(p)
-        for optimizer in optimizers:
-            optimizer.step()
+        muon.step()
+        library.step()
     for p, q, before in zip(ours, theirs, start):
         assert (p - q).norm() < 0.02 * (q - before).norm(), "equal up to the library's bfloat16"
 
@@ -77,16 +53,13 @@ def test_the_learning_rate_and_the_evaluations_do_not_depend_on_the_end():
     assert steps[0] < 20 and growth.max() < 1.15
     assert np.median(growth) == pytest.approx(1.07, abs=0.01)
 
-# ---------------------------------------------------------------- the held-out loss
 def test_each_half_of_the_held_out_people_is_scored_at_a_step_chosen_on_the_other():
-    half = np.array([0, 0, 1, 1])
-    history = [{"people": [1.0, 1.0, 5.0, 5.0]}, {"people": [3.0, 3.0, 4.0, 4.0]},
-               {"people": [2.0, 2.0, 6.0, 6.0]}]    # A is best at the first, B at the second
-    assert pretrain.cross_fitted(history, half).tolist() == [3, 3, 5, 5]
+    people = [1.0, 1.0, 5.0, 5.0], [3.0, 3.0, 4.0, 4.0], [2.0, 2.0, 6.0, 6.0]
+    history = [{"people": losses} for losses in people]    # A is best at the first, B at the second
+    assert pretrain.cross_fitted(history, np.array([0, 0, 1, 1])).tolist() == [3, 3, 5, 5]
 
 def test_every_person_has_one_vote():
-    flags = vars(pretrain.build_parser().parse_args(["--patch", "20"]))
-    held = pretrain.held_out(data.load("simulated"), flags)
+    held = pretrain.held_out(data.load("simulated"), FLAGS)
     held.x[:] = torch.from_numpy(held.person == 1).float()[:, None, None]
     losses = pretrain.evaluate(lambda x, keep, masked: 3 * x[:, 0, 0], held)
     assert losses.tolist() == [0, 3] + [0] * (len(held.people) - 2)
@@ -98,9 +71,8 @@ def test_a_run_has_converged_when_it_has_not_improved_over_a_share_of_its_steps(
     assert not pretrain.has_converged([*history, {"step": 9000, "loss": 1.1}], 0)
     assert not pretrain.has_converged([{"step": 70, "loss": 1.0}, {"step": 200, "loss": 1.1}], 0.3)
 
-# ---------------------------------------------------------------- a whole run
 def test_a_cell_leaves_what_it_was_and_what_it_got(run):
-    assert run("runs/a", *CELL, "--steps", 60, "--plot")[0] == 0
+    assert run(f"{CELL} --out runs/a --steps 60 --plot")[0] == 0
     result, config = read("runs/a/result.json"), read("runs/a/config.json")
     assert (result["windows"], result["users"], result["hours_cap"]) == (28, 4, 0.02)
     assert result["hours"] == pytest.approx(28 / 360) == 4 * result["hours_per_user"]
@@ -117,46 +89,40 @@ def test_a_cell_leaves_what_it_was_and_what_it_got(run):
     assert Path("runs/a/reconstruction.png").stat().st_size > 10_000
     assert isinstance(load_run("runs/a")[0], MAE)
 
-def test_a_longer_cap_lengthens_a_run_and_other_flags_are_refused(run):
-    assert run("runs/long", *CELL, "--steps", 60)[0] == 0
-    assert run("runs/short", *CELL, "--steps", 30)[0] == 0
+def test_a_longer_cap_lengthens_a_run_and_other_flags_are_refused(run, refused):
+    long, short = f"{CELL} --out runs/long --steps", f"{CELL} --out runs/short --steps"
+    assert [run(f"{long} 60")[0], run(f"{short} 30")[0]] == [0, 0]
     before = read("runs/short/result.json")
-    for flags, words in ((["--steps", 29], "steps 30 -> 29"),
-                         (["--steps", 30, "--lr", 0.01], "lr 0.02 -> 0.01"),
-                         (["--steps", 30, "--patience", 0.5], "patience")):
-        status, error = run("runs/short", *CELL, *flags)
-        assert status == 2 and words in error and len(error.splitlines()) == 1
+    refused(f"{short} 29", "steps 30 -> 29")
+    refused(f"{short} 30 --lr 0.01", "lr 0.02 -> 0.01")
+    refused(f"{short} 30 --patience 0.5", "patience")
     assert read("runs/short/result.json") == before
-    assert run("runs/short", *CELL, "--steps", 60)[0] == 0
-    long, short = (torch.load(f"runs/{name}/checkpoint.pt", weights_only=True)
-                   for name in ("long", "short"))
+    assert run(f"{short} 60")[0] == 0
+    long, short = (torch.load(f"runs/{name}/checkpoint.pt") for name in ("long", "short"))
     for part in ("model", "average", "best"):
         assert all(torch.equal(long[part][name], short[part][name]) for name in long[part])
 
-def test_a_flag_that_an_old_run_does_not_name_had_its_default(run):
-    cell = ["--users", 3, "--steps", 20]
-    assert run("runs/old", *cell)[0] == 0
+def test_a_flag_that_an_old_run_does_not_name_had_its_default(run, refused):
+    cell = f"{TINY} --users 3 --steps 20 --out runs/old"
+    assert run(cell)[0] == 0
     config = read("runs/old/config.json")
     del config["flags"]["rotate"]
     data.write_json(Path("runs/old/config.json"), config)
-    assert run("runs/old", *cell)[0] == 0
+    assert run(cell)[0] == 0
     config["flags"]["mlp"] = "swiglu"                  # but a flag of the old code counts
     data.write_json(Path("runs/old/config.json"), config)
-    status, error = run("runs/old", *cell)
-    assert status == 2 and "mlp swiglu -> None" in error
+    refused(cell, "mlp swiglu -> None")
 
 def test_a_run_ends_by_itself(run):
-    assert run("runs/ends", "--users", 2, "--hours-per-user", 0.01, "--lr", 0.1)[0] == 0
+    assert run(f"{TINY} --users 2 --hours-per-user 0.01 --lr 0.1 --out runs/ends")[0] == 0
     result = read("runs/ends/result.json")
     assert result["converged"] and result["best_step"] <= 0.7 * result["steps"] < 10_000
 
-@pytest.mark.parametrize("flags", [
+@pytest.mark.parametrize("flag", [
     "--users 99", "--hours-per-user 0.001", "--patch 7", "--heads 3", "--mask-ratio 1",
-    "--steps 0", "--lr -1", "--patience 1.5", "--patience -0.1", "--device tpu9",
-    "--data nowhere"])
-def test_what_cannot_be_run_is_refused_in_a_sentence(run, flags):
-    status, error = run("runs/refused", *flags.split())
-    option, value = flags.split()
-    word = {"--heads": "heads", "--data": value}.get(option, option)
-    assert status == 2 and word in error.splitlines()[-1] and "Traceback" not in error
+    "--steps 0", "--lr -1", "--patience 1.5", "--patience -0.1", "--device tpu9", "--data nowhere"])
+def test_what_cannot_be_run_is_refused_in_a_sentence(refused, flag):
+    option, value = flag.split()
+    words = {"--heads": "heads", "--data": value}.get(option, option)
+    refused(f"{TINY} --out runs/refused {flag}", words, usage=True)
     assert not Path("runs/refused").exists()
