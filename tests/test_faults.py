@@ -61,7 +61,7 @@ def outcome(run):
     result = read(run / "result.json")
     for key in ("seconds", "windows_per_second", "versions"):
         del result[key]
-    state = torch.load(run / "checkpoint.pt")
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
     weights = {part: b"".join(x.numpy().tobytes() for x in state[part].values())
                for part in ("model", "average", "best")}
     lines = (run / "metrics.jsonl").read_text().splitlines()
@@ -73,8 +73,8 @@ def test_a_run_cut_off_at_any_moment_resumes_bit_identically(runs):
 
 def test_of_a_damaged_checkpoint_the_one_before_is_used(runs):
     checkpoint = runs / "middle/checkpoint.pt"
-    state, whole = torch.load(checkpoint), checkpoint.read_bytes()
-    before = torch.load(runs / "middle/checkpoint.prev.pt")["step"]
+    state, whole = torch.load(checkpoint, weights_only=True), checkpoint.read_bytes()
+    before = torch.load(runs / "middle/checkpoint.prev.pt", weights_only=True)["step"]
     weights = max(state["average"].values(), key=torch.Tensor.numel)
     (flipped := bytearray(whole))[whole.index(weights.numpy().tobytes())] ^= 1
     for name, content in (("empty", b""), ("cut short", whole[:5000]), ("one bit", flipped)):
@@ -89,7 +89,7 @@ def test_of_a_damaged_checkpoint_the_one_before_is_used(runs):
 def test_a_run_that_cannot_go_on_says_so_and_keeps_its_checkpoint(runs, fault, advice):
     run = shutil.copytree(runs / "middle", runs / fault)
     if fault == "no number":
-        state = torch.load(run / "checkpoint.pt")
+        state = torch.load(run / "checkpoint.pt", weights_only=True)
         for moments in state["optimizers"][-1]["state"].values():
             moments["exp_avg"].fill_(float("nan"))
         torch.save(state, run / "checkpoint.pt")

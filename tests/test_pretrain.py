@@ -98,7 +98,8 @@ def test_a_longer_cap_lengthens_a_run_and_other_flags_are_refused(run, refused):
     refused(f"{short} 30 --patience 0.5", "patience")
     assert read("runs/short/result.json") == before
     assert run(f"{short} 60")[0] == 0
-    long, short = (torch.load(f"runs/{name}/checkpoint.pt") for name in ("long", "short"))
+    long, short = (torch.load(f"runs/{name}/checkpoint.pt", weights_only=True)
+                   for name in ("long", "short"))
     for part in ("model", "average", "best"):
         assert all(torch.equal(long[part][name], short[part][name]) for name in long[part])
 
