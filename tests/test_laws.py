@@ -354,7 +354,12 @@ def test_intervals_hold_the_truth_and_equal_users_and_hours_are_seldom_told_apar
             assert GRIDS < 200 or all(87 <= value <= 99.5 for name, value in share.items()
                                      if name not in ("power", "false claims"))
 
-# ---------------------------------------------------------------- the README's numbers
+# ---------------------------------------------------------------- the README
+def test_every_test_that_the_readme_names_exists():
+    tests = "".join(path.read_text() for path in ROOT.glob("tests/test_*.py"))
+    for name in re.findall(r"`(test_\w+?)(?:\.\.\.)?`", (ROOT / "README.md").read_text()):
+        assert f"def {name}" in tests, name
+
 def test_every_interval_in_the_readme_is_in_a_committed_table():
     parts = []
     for path in ROOT.glob("results/*/laws.json"):
