@@ -18,7 +18,7 @@ DATA=${DATA:-simulated}                          # a data set, or several: a+b; 
 quick="--patch 10 --mask-ratio 0.5 --patience 0.1 --batch 32 --lr 0.05"      # minutes, not hours
 [ "$DATA" != simulated ] || : "${PROBES=simulated}" "${FLAGS=$quick}"
 users=(${USERS:-6 12 24})                        # training users, or all
-hours=(${HOURS:-0.0125 0.025 0.05})              # hours per user at most, or all
+hours=(${HOURS:-0.0111 0.0222 0.0444})           # hours per user at most, or all: 4, 8, 16 windows
 models=(${MODELS:-16x1x2})                       # width x depth x heads
 seeds=(${SEEDS:-0 1 2})                          # each seed draws users, weights, batches, masks
 STEPS=${STEPS:-20000}                            # a cell ends when its loss stops falling, or here
