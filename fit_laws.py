@@ -449,6 +449,22 @@ def read_json(path):
     except (OSError, ValueError) as error:
         raise UserError(f"{path} can't be read ({error}): make it again") from None
 
+def read_cell(cell):
+    """Of a finished run: its config, its row of results.csv and its rows of curves.csv."""
+    result, name = read_json(cell / "result.json"), {"name": cell.name}
+    try:
+        row = {key: result[key] for key in result if not isinstance(result[key], (dict, list))}
+        row["hours_cap"] = result["hours_cap"] or math.inf
+        row |= {"person.{source}/{user}".format(**who): who["loss"] for who in result["people"]}
+        for path in sorted(cell.glob("finetune/*-probe.json")):
+            scores, data = read_json(path), path.name.removesuffix("-probe.json")
+            row |= {f"{data}_{key}": scores[key] for key in ("macro_f1", "accuracy", "macro_f1_sd")}
+        return dict(result["config"]), name | row, [
+            name | {key: point[key] for key in ("step", "flops", "loss")}
+            for point in read_json(cell / "metrics.jsonl")]
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{cell} has a damaged file ({error!r}): train this cell again") from None
+
 def collect(folder, out):
     """Write results.csv (a row per finished run), curves.csv (a row per evaluation) into `out`."""
     results, curves, first = [], [], {}
@@ -456,20 +472,13 @@ def collect(folder, out):
         if not (cell / "result.json").is_file():
             print(f"note: {cell.name} is not done and is left out")
             continue
-        result, name = read_json(cell / "result.json"), {"name": cell.name}
-        for key, value in result["config"].items():
+        config, row, curve = read_cell(cell)
+        for key, value in config.items():
             other = first.setdefault(key, value)
             require(key in MAY_DIFFER or value == other, f"{folder} mixes configurations: {key} is "
                     f"{value} in {cell.name}, and {other} in others: give each its own folder")
-        row = {key: result[key] for key in result if not isinstance(result[key], (dict, list))}
-        row["hours_cap"] = result["hours_cap"] or math.inf
-        row |= {"person.{source}/{user}".format(**who): who["loss"] for who in result["people"]}
-        for path in sorted(cell.glob("finetune/*-probe.json")):
-            scores, data = read_json(path), path.name.removesuffix("-probe.json")
-            row |= {f"{data}_{key}": scores[key] for key in ("macro_f1", "accuracy", "macro_f1_sd")}
-        results.append(name | row)
-        curves += [name | {key: point[key] for key in ("step", "flops", "loss")}
-                   for point in read_json(cell / "metrics.jsonl")]
+        results.append(row)
+        curves += curve
     require(results, f"{folder} has no finished run: train first")
     for path, rows in ((out / "results.csv", results), (out / "curves.csv", curves)):
         with replacing(path) as temporary, open(temporary, "w", newline="") as file:
@@ -558,12 +567,14 @@ def report(study, entries, verdicts):
 def read_law(path):
     """From a laws.json: its first law, that law's fits to the resampled tables, the verdicts."""
     content = read_json(path)
-    first = (content.get("laws") or [{}])[0]
-    require("thetas" in first, f"{path} is from another version of this program: fit again")
-    shape = Shape(tuple(map(tuple, first["terms"])), True, "delta" in first, first["enough"])
-    laws = {kind: [Fit(shape, np.array(theta), *first["scaling"]) for theta in thetas]
-            for kind, thetas in first["thetas"].items()}
-    return first, laws, content["verdicts"]
+    try:
+        first, verdicts = content["laws"][0], content["verdicts"]
+        shape = Shape(tuple(map(tuple, first["terms"])), True, "delta" in first, first["enough"])
+        laws = {kind: [Fit(shape, np.array(theta), *first["scaling"]) for theta in thetas]
+                for kind, thetas in first["thetas"].items()}
+    except (LookupError, TypeError, AttributeError):
+        raise UserError(f"{path} is not a laws.json of this program's version: fit again") from None
+    return first, laws, verdicts
 
 def expected(first, laws, table):
     """The loss of each row, and the band of 95 % of single runs: the law's interval and scatter."""

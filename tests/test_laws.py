@@ -257,6 +257,8 @@ def test_cells_that_cannot_be_used_are_named_and_left_out(capsys):
     other = {**result["config"], "mask_ratio": .5}
     with pytest.raises(UserError, match="mixes configurations: mask_ratio"):
         used(config=other)
+    with pytest.raises(UserError, match=f"{first.name} has a damaged file"):
+        used(people=None)
     del other["mask_ratio"]
     assert used(config=other) == 50, "made before that flag was there"
     assert used(unexplained=1.) == 50, "a setting counts by the mean over its seeds, here .63"
@@ -289,7 +291,8 @@ REFUSED = {                              # what is wrong: (table, flags, words o
     "minus one table": (GOOD, "--x x --out out --bootstrap -1", "--bootstrap"),
     "no such law": (GOOD, "--x x --law MX --out out", "name one of M1"),
     "no grid": (GOOD, "--out out", "no column"),
-    "half a plan": ('{"laws": [', "--recommend --users 3", "can't be read")}
+    "half a plan": ('{"laws": [', "--recommend --users 3", "can't be read"),
+    "no plan": ("[]", "--recommend --users 3", "fit again")}
 
 @pytest.mark.parametrize("why", REFUSED)
 def test_a_refusal_is_one_line_and_exit_2_and_leaves_nothing(why, refused):
