@@ -209,7 +209,8 @@ def test_an_exported_encoder_is_small_has_the_same_features_and_knows_whom_it_sa
     assert run("finetune.py results/encoder --data pool")[0] == 0
     tested = read(exported / "finetune/pool-probe.json")["test_users"]
     assert {user[:4] for user in tested} == {"blue"}
-    refused("finetune.py runs/a --export runs/by-pool", "holds a whole run")
+    Path("runs/large/metrics.jsonl").touch()           # as a whole run has it
+    refused("finetune.py runs/a --export runs/large", "holds a whole run")
 
 def test_what_cannot_be_used_is_refused_in_a_sentence(run, refused):
     make_run("acc", sensors=1)
