@@ -239,7 +239,7 @@ def candidates(table, terms, a):
                    "MA, a term for each factor": replace(added, terms=tuple((x,) for x in added.x)),
                    "MC, hours of a person count less and less": fewer,
                    "MC, coupled": replace(fewer, coupled=len(terms) > 1)}
-    first = [name for name in shapes if name.startswith(a.law or "M1" * (not grid))]
+    first = [name for name in shapes if name.startswith(a.law or ("" if grid else "M1"))]
     require(first, f"--law {a.law}: name one of {', '.join(shapes)}")
     law = shapes[first[0]]
     shapes = {first[0]: law} | shapes
@@ -342,7 +342,7 @@ def users_or_hours(study):
             "the hours over loss with twice the users:", gain, study.laws, "ratio"),
         "exponent_ratio": verdict(
             "the next hour is worth more from a new user than from the same users", "Ratio a/b",
-            lambda law: np.divide(*(law.alpha(x) + 1e-9 for x in DATA)),
+            lambda law: (law.alpha("users") + 1e-9) / (law.alpha("hours_per_user") + 1e-9),
             study.laws, "ratio")}
 
 def interaction(study):
@@ -379,16 +379,17 @@ def frontier(table):
     sizes = table["params_encoder"][losses.argmin(0)]
     return {"flops": budgets, "loss": losses.min(0), "params_encoder": sizes}
 
-def frontier_law(table):
-    return fit(frontier(table), Shape((("flops",),)), "loss")
+def frontier_law(points):
+    return fit(points, Shape((("flops",),)), "loss")
 
 def compute_frontier(study):
-    points, law = frontier(study.shown), frontier_law(study.shown)
-    flops = np.log(points["flops"])
+    points = frontier(study.shown)
+    law, flops = frontier_law(points), np.log(points["flops"])
     size = slope(points, "params_encoder", [flops], flops > 0)           # all are one group
     return {**law.numbers(), "size_exponent": size, "points": points, **verdict(
         "the lowest loss is a power law in compute", f"Size grows as flops^{size:.2f}; exponent",
-        lambda table: frontier_law(table).alpha("flops"), resampled(study.shown, ""), "positive")}
+        lambda table: frontier_law(frontier(table)).alpha("flops"), resampled(study.shown, ""),
+        "positive")}
 
 def downstream(study, score):
     """Does a benchmark's score follow the loss? Spearman's rank correlation."""
@@ -697,9 +698,9 @@ def figures(study):
             yield score, draw("A linear probe's score against the loss", y, score,
                               grouped(shown, "{params_encoder:,.0f} parameters"))
     if "curve" in shown:
-        best = grouped(frontier(shown), "{params_encoder:,.0f} parameters")
+        points = frontier(shown)
         ax = draw("The lowest loss for a given compute (grey: all evaluations)", "flops", "loss",
-                  best, frontier_law(shown))
+                  grouped(points, "{params_encoder:,.0f} parameters"), frontier_law(points))
         ax.plot(*np.hstack(list(shown["curve"])), ",", color="grey", zorder=0)
         yield "frontier", ax
     if law.shape.coupled:
