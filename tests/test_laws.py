@@ -363,14 +363,15 @@ def test_every_test_that_the_readme_names_exists():
     for name in re.findall(r"`(test_\w+?)(?:\.\.\.)?`", (ROOT / "README.md").read_text()):
         assert f"def {name}" in tests, name
 
-def test_every_interval_in_the_readme_is_in_a_committed_table():
+@pytest.mark.parametrize("page", ["README.md", "results/spread.md", "results/experiment/result.md"])
+def test_every_interval_in_a_page_is_in_a_committed_table(page):
     parts = []
-    for path in ROOT.glob("results/*/laws.json"):
+    for path in [*ROOT.glob("results/*/laws.json"), *ROOT.glob("results/experiment/**/*.json")]:
         json.loads(path.read_text(), object_hook=parts.append)             # all that is in {}
-    known = [(part["value"], part[kind]) for part in parts if "value" in part
-             for kind in ("ci95", "ci95_people") if part[kind]]     # the latter: of other people
-    quoted = re.findall(r"(?:(-?[\d.]+) )?\[(-?[\d.]+), (-?[\d.]+)\]",
-                        " ".join((ROOT / "README.md").read_text().split()))
+    known = [(part.get("value", part.get("loss")), part[kind]) for part in parts
+             for kind in ("ci95", "ci95_people", "single_run") if part.get(kind)]
+    text = (ROOT / page).read_text().partition("## Earlier work")[0]       # that is of --recommend
+    quoted = re.findall(r"(?:(-?[\d.]+) )?\[(-?[\d.]+), (-?[\d.]+)\]", " ".join(text.split()))
     assert quoted
     for texts in quoted:
         assert any(all(not text or f"{number:.{len(text.partition('.')[2])}f}" == text
