@@ -629,6 +629,8 @@ def main():
     name = a.name or a.source
     require(re.fullmatch(r"[A-Za-z0-9][\w.-]*", name), f"--name {name}: use letters, digits, _.-")
     require(min(a.users, a.limit_users or 1) > 0, "--users and --limit-users must be 1 or more")
+    require(0 < a.hours_per_user < 1e4 and 0 <= a.spread < 1e4,
+            "--hours-per-user must be above 0, --spread 0 or more, both below 10,000")
     prepare(name, settings, a.raw, a.force)
 
 if __name__ == "__main__":
