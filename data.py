@@ -67,6 +67,15 @@ def require(condition, sentence):
     if not condition:
         raise UserError(sentence)
 
+def number(kind, low, high=1e9):
+    """An argparse type: an int or a float from `low` to `high`."""
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text} is not {kind.__name__} from {low:g} to {high:g}")
+    return parse
+
 def command(main):
     """Run `main()` as a command line: an error is one sentence on stderr, never a traceback."""
     try:
@@ -602,16 +611,18 @@ def plot(name):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    flag = parser.add_argument
+    flag, count = parser.add_argument, number(int, 1)
     flag("source", nargs="?", choices=[*SOURCES, "plot"], help="what to prepare; without: a list")
     flag("which", nargs="?", default="", help="with plot: the prepared set to draw")
     flag("--raw", default="data/raw", help="folder of the archives or the recordings")
     flag("--name", help="prepare it as data/NAME/; without it, under the name of the source")
-    flag("--limit-users", type=int, metavar="N", help="only the first N users, for a quick look")
+    flag("--limit-users", type=count, metavar="N", help="only the first N users, for a quick look")
     flag("--force", action="store_true", help="replace a set that is prepared already")
-    flag("--users", type=int, default=40, help="simulated: number of people")
-    flag("--hours-per-user", type=float, default=0.5, help="simulated: hours of each person")
-    flag("--spread", type=float, default=1.0, help="simulated: how people differ; 0: clones")
+    flag("--users", type=count, default=40, help="simulated: number of people")
+    flag("--hours-per-user", type=number(float, 1e-3, 1e4), default=0.5,
+         help="simulated: hours of each person")
+    flag("--spread", type=number(float, 0, 1e4), default=1.0,
+         help="simulated: how people differ; 0: clones")
     flag("--seed", type=int, default=0, help="simulated: another seed, other people")
     flag("--acc-unit", choices=("g", "m/s2"), default="g", help="folder: unit in your files")
     flag("--gyro-unit", choices=("rad/s", "deg/s"), default="rad/s", help="folder: the same")
@@ -628,9 +639,6 @@ def main():
     settings = {key: getattr(a, key) for key in ["source", *own, "limit_users"]}
     name = a.name or a.source
     require(re.fullmatch(r"[A-Za-z0-9][\w.-]*", name), f"--name {name}: use letters, digits, _.-")
-    require(min(a.users, a.limit_users or 1) > 0, "--users and --limit-users must be 1 or more")
-    require(0 < a.hours_per_user < 1e4 and 0 <= a.spread < 1e4,
-            "--hours-per-user must be above 0, --spread 0 or more, both below 10,000")
     prepare(name, settings, a.raw, a.force)
 
 if __name__ == "__main__":

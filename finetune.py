@@ -31,10 +31,10 @@ import torch.nn as nn
 from matplotlib.figure import Figure
 from scipy.optimize import minimize
 
-from data import (UserError, command, held_out_users, load, people, provenance, random_rotation,
-                  random_stream, replacing, require, windows_at, write_json)
+from data import (UserError, command, held_out_users, load, number, people, provenance,
+                  random_rotation, random_stream, replacing, require, windows_at, write_json)
 from model import MAE
-from pretrain import choose_device, load_checkpoint, number, read_config
+from pretrain import choose_device, load_checkpoint, read_config
 
 PENALTIES = [3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4]            # L2, strongest first
 LEARNING_RATE = {"tune": 3e-4, "scratch": 1e-3}

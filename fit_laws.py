@@ -386,9 +386,10 @@ def compute_frontier(study):
     points = frontier(study.shown)
     law, flops = frontier_law(points), np.log(points["flops"])
     size = slope(points, "params_encoder", [flops], flops > 0)           # all are one group
-    text = f"Size grows as flops^{size:.2f}; exponent" if np.ptp(points["params_encoder"]) else ""
+    several = np.ptp(points["params_encoder"]) > 0
+    text = f"Size grows as flops^{size:.2f}; exponent" if several else "Exponent"
     return {**law.numbers(), "size_exponent": size, "points": points, **verdict(
-        "the lowest loss is a power law in compute", text or "Exponent",
+        "the lowest loss is a power law in compute", text,
         lambda table: frontier_law(frontier(table)).alpha("flops"), resampled(study.shown, ""),
         "positive")}
 

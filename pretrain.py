@@ -20,9 +20,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data import (UserError, command, draw_windows, held_out_users, held_out_windows, load, people,
-                  provenance, random_rotation, random_stream, replacing, require, training_users,
-                  windows_at, write_json)
+from data import (UserError, command, draw_windows, held_out_users, held_out_windows, load, number,
+                  people, provenance, random_rotation, random_stream, replacing, require,
+                  training_users, windows_at, write_json)
 from model import MAE, baseline_loss, draw_masks, forward_flops, parameters
 
 MACHINE = ("device", "threads", "plot", "out")         # flags that don't change the result of a run
@@ -211,15 +211,6 @@ def draw_reconstruction(path, model, held, rate):
     axes.set_xlabel("s (grey: hidden from the model; thin: the true signal; thick: its prediction)")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=100)
-
-def number(kind, low, high=1e9):
-    """An argparse type: an int or a float from `low` to `high`."""
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high:
-                return kind(text)
-        raise argparse.ArgumentTypeError(f"{text} is not {kind.__name__} from {low:g} to {high:g}")
-    return parse
 
 def build_parser():
     p = argparse.ArgumentParser(description="Pre-train a masked autoencoder: one cell of the grid.",

@@ -366,7 +366,7 @@ def test_every_test_that_the_readme_names_exists():
 @pytest.mark.parametrize("page", ["README.md", "results/spread.md", "results/experiment/result.md"])
 def test_every_interval_in_a_page_is_in_a_committed_table(page):
     parts = []
-    for path in [*ROOT.glob("results/*/laws.json"), *ROOT.glob("results/experiment/**/*.json")]:
+    for path in [*ROOT.glob("results/**/laws.json"), *ROOT.glob("results/*/prediction.json")]:
         json.loads(path.read_text(), object_hook=parts.append)             # all that is in {}
     known = [(part.get("value", part.get("loss")), part[kind]) for part in parts
              for kind in ("ci95", "ci95_people", "single_run") if part.get(kind)]
@@ -376,4 +376,4 @@ def test_every_interval_in_a_page_is_in_a_committed_table(page):
     for texts in quoted:
         assert any(all(not text or f"{number:.{len(text.partition('.')[2])}f}" == text
                        for text, number in zip(texts, (value, *ends))) for value, ends in known
-                   if not isinstance(value, list)), f"{texts} is in no results/*/laws.json"
+                   if not isinstance(value, list)), f"{texts} is in no laws.json of results/"
