@@ -1,5 +1,5 @@
 """
-Recordings to windows: every data set of the study, cut in the same way.
+Recordings to windows: every data set, cut in the same way.
 
     archive, folder or simulation    20-200 Hz, uneven stamps, g or m/s^2, rad/s or deg/s
       -> recording (n, 6) at 20 Hz   both sensors on one clock, low-passed; g (with gravity), rad/s
@@ -24,7 +24,8 @@ CHANNELS = ["acc_x", "acc_y", "acc_z", "gyro_x", "gyro_y", "gyro_z"]
 SENSORS = {"both": slice(0, 6), "acc": slice(0, 3), "gyro": slice(3, 6)}          # of CHANNELS
 SCALE = np.float32([[0.7]] * 3 + [[1.05]] * 3)     # g, rad/s: the model's input is divided by it
 GRAVITY, DEGREE = 9.80665, np.pi / 180             # m/s^2 in 1 g, rad in 1 degree
-GAP, LARGEST = 0.5, 1e4                            # s: longer gaps cut; larger values are errors
+GAP = 0.5                                          # s: a longer gap ends a stretch
+LARGEST = 1e4                                      # a larger reading is an error
 FILE_LIMIT, ZIP_LIMIT = 64 << 20, 1 << 30          # bytes: the most a file, a zip may unpack to
 
 # ---------------------------------------------------------------- the table of sources
@@ -73,7 +74,8 @@ def number(kind, low, high=1e9):
         with contextlib.suppress(ValueError):
             if low <= kind(text) <= high:
                 return kind(text)
-        raise argparse.ArgumentTypeError(f"{text} is not {kind.__name__} from {low:g} to {high:g}")
+        what = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text} is not {what} from {low:g} to {high:g}")
     return parse
 
 def command(main):
@@ -121,22 +123,23 @@ def unbroken(t, x):
     """Drop invalid rows of t (n,), x (n, 3), cut at gaps above GAP s: stretches [(t, x), ...]."""
     kept = np.flatnonzero(np.isfinite(t) & (np.abs(x) < LARGEST).all(1))
     steps = np.diff(t[kept], prepend=-np.inf, append=np.inf)
-    kept = kept[(steps[:-1] < GAP) | (steps[1:] > 0)]            # no jump ahead, then back
-    kept = kept[np.diff(np.maximum.accumulate(t[kept]), prepend=-np.inf) > 0]    # none runs back
+    kept = kept[(steps[:-1] < GAP) | (steps[1:] > 0)]  # a stamp that leaps ahead, then back, errs
+    kept = kept[np.diff(np.maximum.accumulate(t[kept]), prepend=-np.inf) > 0]    # stamps rise
     steps, dropped = np.diff(t[kept]), np.diff(kept) - 1
     typical = np.median(steps) if len(steps) else 0
-    cuts = np.flatnonzero((steps > GAP) | (dropped * typical > GAP)) + 1
+    cuts = np.flatnonzero((steps > GAP) | (dropped * typical > GAP)) + 1     # many dropped: a gap
     return [(t[rows], x[rows]) for rows in np.split(kept, cuts) if len(rows) > 1]
 
 def resample(t, x, start, n):
     """The signal x (rows, columns) with stamps t (s) at n ticks of the 20 Hz clock from `start`:
     interpolated to an even grid of 80 Hz or more, low-passed without phase shift, decimated."""
     steps = np.diff(t)
-    even = len(t) > 3 and steps.max() < 1.5 * np.median(steps) < 3 * steps.min()
-    k = max(4, math.ceil(len(steps) / (t[-1] - t[0]) / RATE - 1e-6))
+    typical = np.median(steps)
+    even = len(t) > 3 and 0.5 * typical < steps.min() and steps.max() < 1.5 * typical
+    k = max(4, math.ceil(len(steps) / (t[-1] - t[0]) / RATE - 1e-6))   # ticks of it in one of 20 Hz
     grid = np.clip(start + np.arange((n - 1) * k + 1) / (RATE * k), t[0], t[-1])
     spline = scipy.interpolate.make_interp_spline(t, x, k=3 if even else 1)  # a cubic overshoots
-    low_pass = scipy.signal.firwin(RATE * k + 1, 9, fs=RATE * k, window=("kaiser", 5.65))    # Hz
+    low_pass = scipy.signal.firwin(RATE * k + 1, 9, fs=RATE * k, window=("kaiser", 5.65))    # 60 dB
     return scipy.signal.resample_poly(spline(grid), 1, k, window=low_pass, padtype="antireflect")
 
 def cut(recordings, length):
@@ -162,8 +165,8 @@ def cut(recordings, length):
     return windows, rows, +left_out
 
 # ---------------------------------------------------------------- a parser for each format
-# A new corpus is a row of SOURCES and a parser of the same name: given a part, its file names, a
-# function that returns the bytes of a file, and the settings, it yields (user, label, streams).
+# A new corpus is a row of SOURCES and a parser, named as the row is up to its first _: of a part,
+# its file names, a function from file name to bytes, and the settings, to (user, label, streams).
 def numbers(text, columns):
     """Bytes -> numbers (rows, columns); separators are blanks, commas and semicolons."""
     values = text.replace(b",", b" ").replace(b";", b" ").split()
@@ -240,7 +243,7 @@ def folder(user, names, read, settings):
     path = names[0]
     if path.suffix == ".npz":
         open_zips((path,))                         # refuses a file that unpacks to too much
-    fields = np.load(path) if path.suffix == ".npz" else read_csv(path)
+    fields = np.load(path) if path.suffix == ".npz" else read_recording(path)
     x = fields["signal"].astype(float)
     t = fields["t"] if "t" in fields else np.arange(len(x)) / fields["rate"].item()
     segment = fields.get("segment", np.zeros(len(x)))
@@ -264,7 +267,7 @@ def folder(user, names, read, settings):
     for rows in np.split(np.arange(len(t)), changes):
         yield user, label[rows[0]], [(t[rows], x[rows])]
 
-def read_csv(path):
+def read_recording(path):
     """The columns of a .csv, named as the arrays of a .npz, but t (n,) in place of rate."""
     load = functools.partial(np.loadtxt, path, delimiter=",", quotechar='"', encoding="utf-8-sig")
     header = [column.strip().lower() for column in load(dtype=str, max_rows=1)]
@@ -290,7 +293,7 @@ TRAITS = {  # mean, standard deviation over people, shape (7 activities, 6 chann
     "tempo": (0, 0.1, 7),                          # log of a factor, for each activity
     "vigour": (0, 0.25, 7),                        # log of a factor, for each activity
     "posture": (0, 0.15, (7, 2)),                   # rad, added to the activity's roll and lean
-    "sizes": (-np.arange(6), 0.2, (6, 6)),         # log of the size of 1 to 6 x the stride
+    "sizes": (-np.arange(6), 0.2, (6, 6)),         # log of each channel's harmonics 1 to 6
     "phases": (np.arange(36).reshape(6, 6) ** 2 % 6.3, 0.25, (6, 6)),   # rad; any mean would do
     "habits": (0, 0.5, 7),                         # log of a factor of each activity's share
     "mount": (0, 0.3, 3),                          # rotation of the sensor as worn, rad
@@ -313,13 +316,13 @@ def simulated(user, names, read, settings, rate=40):
     mount = Rotation.from_rotvec(who["mount"])
     style = np.exp(who["sizes"] + 1j * who["phases"])
     shares = np.array([row[-1] for row in ACTIVITIES.values()]) * np.exp(who["habits"])
-    windows_left, now = round(settings["hours_per_user"] * 3600 / SECONDS), None
-    while windows_left > 0:
+    left, now = round(settings["hours_per_user"] * 3600 / SECONDS), None
+    while left > 0:
         odds = shares * (np.arange(len(shares)) != now)
         now = rng.choice(len(odds), p=odds / odds.sum())
         label, (lean, roll, strides, push, turn, fidget, _) = list(ACTIVITIES.items())[now]
-        windows = min(windows_left, rng.geometric(1 / 6))  # a minute on average
-        windows_left -= windows
+        windows = min(left, rng.geometric(1 / 6))  # a minute on average
+        left -= windows
         t = np.arange(windows * SECONDS * rate) / rate
         tempo, vigour = np.exp(rng.normal([who["tempo"][now], who["vigour"][now]], [0.04, 0.12]))
         drift = 0.004 * np.cumsum(rng.standard_normal(len(t))) / np.sqrt(rate)
@@ -420,7 +423,8 @@ def write_set(name, settings, raw, out):
     what, source = settings["source"], SOURCES[settings["source"]]
     archives = tuple(Path(raw) / url.split("/")[-1] for url in source.archives)
     for path, url in zip(archives, source.archives):
-        path.is_file() or download(url, path)
+        if not path.is_file():
+            download(url, path)
     parts = parts_of(archives, raw, settings)
     read = functools.partial(read_part, archives, settings)
     rows, channels, left_out, test_users = [], set(), Counter(), None
@@ -432,7 +436,8 @@ def write_set(name, settings, raw, out):
             file.write(windows.tobytes())
             rows += part_rows
             left_out += why
-            channels |= {windows.shape[1]} - {0}
+            if part_rows:
+                channels.add(windows.shape[1])
             if (what, part) == ("ucihar", "test"):
                 test_users = list(dict(part_rows))
             print(f"{part}: {len(windows)} windows", file=sys.stderr)
@@ -449,7 +454,7 @@ def write_set(name, settings, raw, out):
     np.save(out / "users.npy", users)
     np.save(out / "labels.npy", labels)
     own = {"folder": Path(raw).resolve().name, "simulated": f"simulated-{settings.get('seed')}"}
-    sources = [own.get(what, what.split("_")[0])] * len(names)
+    sources = [own.get(what, what.split("_")[0])] * len(names)   # WISDM's sets: the same people
     if all(name.find("_") > 0 for name in names):
         sources = [name.split("_")[0] for name in names]
     write_json(out / "meta.json", {
@@ -494,7 +499,8 @@ def prepare(name, settings, raw, force=False):
 Prepared = namedtuple("Prepared", "windows users labels meta")   # (n, C, T), (n,), (n,), a dict
 
 def load(name, root="data"):
-    """The prepared set `name`, or several as one ("a+b"): users side by side, classes by name."""
+    """The prepared set `name`, or several as one ("a+b"): users side by side, classes by name.
+    UserError if one is missing or damaged, or if they don't fit together."""
     sets = [load_one(part, root) for part in name.split("+")]
     if len(sets) == 1:
         return sets[0]
@@ -539,7 +545,8 @@ def people(meta, users=None):
 
 def held_out_users(meta):
     """The users that no model is trained on, whatever the seed: 20 % of each source's, at least 2,
-    by a hash. Two halves, lists of user indices: each chooses the step to measure on the other."""
+    by a hash. Two halves, lists of user indices: each chooses the step at which the other is
+    scored (pretrain.cross_fitted)."""
     half_a, half_b = [], []
     for source in sorted(set(meta["sources"])):
         ranked = sorted((hashlib.sha256(f"{source}/{name}".encode()).hexdigest(), user)
@@ -573,7 +580,8 @@ def draw_windows(prepared, users, hours_per_user, seed):
     return np.sort(np.concatenate(rows))
 
 def windows_at(prepared, rows, sensors):
-    """The windows `rows` as a model reads them, (n, C, T) float32: of "both", "acc" or "gyro"."""
+    """The windows `rows` as a model reads them, (n, C, T) float32, divided by SCALE: of "both",
+    "acc" or "gyro". UserError if the set lacks that sensor."""
     chosen, channels = SENSORS[sensors], prepared.meta["channels"]
     require(chosen.stop <= len(channels), f"--sensors {sensors}: the set has only {channels}")
     return prepared.windows[rows][:, chosen].astype(np.float32) / SCALE[chosen]
@@ -624,8 +632,8 @@ def main():
     flag("--spread", type=number(float, 0, 1e4), default=1.0,
          help="simulated: how people differ; 0: clones")
     flag("--seed", type=int, default=0, help="simulated: another seed, other people")
-    flag("--acc-unit", choices=("g", "m/s2"), default="g", help="folder: unit in your files")
-    flag("--gyro-unit", choices=("rad/s", "deg/s"), default="rad/s", help="folder: the same")
+    flag("--acc-unit", choices=("g", "m/s2"), default="g", help="folder: unit of acceleration")
+    flag("--gyro-unit", choices=("rad/s", "deg/s"), default="rad/s", help="folder: gyroscope")
     a = parser.parse_args()
     if a.source == "plot":
         return plot(a.which)

@@ -75,7 +75,8 @@ def user_folds(meta, users, trained_on, validation=False):
     return folds
 
 def few_users(folds, users, count):
-    """Folds of `count` training users, few among more; a single fold is drawn 5 times."""
+    """Folds with only `count` of their training users, who are among those of a larger count; a
+    single fold is drawn 5 times."""
     few = []
     for k, (train, test) in enumerate(folds * (5 if len(folds) == 1 else 1)):
         order = random_stream("label users", k).permutation(np.unique(users[train]))
@@ -319,31 +320,32 @@ def main():
     y = torch.from_numpy(prepared.labels[rows].astype(np.int64))
     users, names, classes = prepared.users[rows], np.array(meta["users"]), len(meta["classes"])
     folds = user_folds(meta, users, config["trained_on"], a.split == "validation")
-    jobs = [("-validation" * (a.split == "validation"), folds)]                # name suffix, folds
+    jobs = [("-validation" if a.split == "validation" else "", folds)]         # suffix, folds
     if a.split == "window":                            # same sizes, but people on both sides
         order = random_stream("windows").permutation(np.concatenate(folds[0]))
         tests = np.split(order, np.cumsum([len(test) for _, test in folds]))[:len(folds)]
         jobs.append(("-window", [(np.setdiff1d(order, test), test) for test in tests]))
     if a.label_users:
-        jobs = [(f"-u{count}{end}", few_users(folds, users, count))
-                for end, folds in jobs for count in a.label_users]
+        jobs = [(f"-u{count}{suffix}", few_users(folds, users, count))
+                for suffix, folds in jobs for count in a.label_users]
     weights = b"".join(w.numpy().tobytes() for w in trained.state_dict().values())
-    numbers = {"both": [0, 1], "acc": [0], "gyro": [1]}[a.sensors] if pretrained == "both" else [0]
+    sensors = {"both": [0, 1], "acc": [0], "gyro": [1]}[a.sensors] if pretrained == "both" else [0]
     torch.manual_seed(0)
     model = trained if a.mode in ("probe", "tune") else MAE(**config["model"]).eval()
     for block in model.blocks if a.mode == "random" else ():   # blocks start as the identity, which
         block.attention.out.reset_parameters()                 # mixes nothing: random ones are the
         block.down.reset_parameters()                          # stronger baseline
-    encoder, encoded = Encoder(model.to(choose_device(a.device)), numbers), None
-    folder, tail = Path(a.run) / "finetune", f"-{a.sensors}" * (a.sensors != "both")
-    for end, folds in jobs:
-        name = f"{a.data}-{a.mode}{tail}{end}"
+    encoder, encoded = Encoder(model.to(choose_device(a.device)), sensors), None
+    folder, which = Path(a.run) / "finetune", "" if a.sensors == "both" else f"-{a.sensors}"
+    for suffix, folds in jobs:
+        name = f"{a.data}-{a.mode}{which}{suffix}"
         spec = {"data": a.data, "mode": a.mode, "patience": a.mode in LEARNING_RATE and a.patience,
-                "input": [hashlib.sha256(weights).hexdigest(), a.sensors, meta["fingerprint"], end]}
+                "input": [hashlib.sha256(weights).hexdigest(), a.sensors, meta["fingerprint"],
+                          suffix]}
         results = {path.stem: json.loads(path.read_text()) for path in folder.glob("[!.]*.json")}
         if not spec.items() <= results.get(name, {}).items():                 # else it is done
             encoded = in_batches(encoder, x) if encoded is None else encoded   # (n, F)
-            groups = np.arange(len(y)) if end.endswith("-window") else users
+            groups = np.arange(len(y)) if suffix.endswith("-window") else users
             scored = []
             for train, test in folds:
                 fit, validation = split_validation(train, groups)
@@ -365,7 +367,7 @@ def main():
     if a.label_users:
         curves = [r for r in results.values() if r["input"][:2] == spec["input"][:2] and
                   r["input"][3] in ("", f"-u{len(r['folds'][0]['train_users'])}")]
-        draw_label_curves(folder / f"label-users{tail}.png", curves)
+        draw_label_curves(folder / f"label-users{which}.png", curves)
 
 if __name__ == "__main__":
     command(main)

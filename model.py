@@ -26,7 +26,8 @@ import torch.nn.functional as F
 
 # ---------------------------------------------------------------- patches and masks
 def patchify(x, patch):
-    """(B, C, T) -> (B, S, G, 3P): one sensor's three axes over P samples. A rest is dropped."""
+    """(B, C, T) -> (B, S, G, 3P): one sensor's three axes over P samples. What is left
+    after the last whole patch is dropped."""
     B, C, T = x.shape
     G = T // patch
     x = x[..., :G * patch].reshape(B, C // 3, 3, G, patch)
@@ -41,15 +42,15 @@ def select(tokens, index):
     """Tokens (B, N, F) at index (B, K) -> (B, K, F)."""
     return tokens[torch.arange(len(tokens), device=tokens.device)[:, None], index]
 
-def visible_tokens(tokens, mask_ratio):
-    """Number of tokens that the encoder sees."""
-    return tokens - round(tokens * mask_ratio)
+def visible_tokens(N, mask_ratio):
+    """How many of N tokens the encoder sees."""
+    return N - round(N * mask_ratio)
 
-def draw_masks(batch, tokens, mask_ratio, generator=None):
+def draw_masks(B, N, mask_ratio, generator=None):
     """Visible and masked tokens of each window (He et al. 2021, section 3): (B, K) and (B, M)."""
-    order = torch.rand(batch, tokens, generator=generator).argsort(dim=1, stable=True)
-    visible = visible_tokens(tokens, mask_ratio)
-    return order[:, :visible], order[:, visible:]
+    order = torch.rand(B, N, generator=generator).argsort(dim=1, stable=True)
+    K = visible_tokens(N, mask_ratio)
+    return order[:, :K], order[:, K:]
 
 # ---------------------------------------------------------------- positions
 def rotary(time, head_width):
@@ -88,7 +89,9 @@ class Attention(nn.Module):
         return self.out((weights @ v).transpose(1, 2).flatten(2))              # (B, M, D)
 
 class Block(nn.Module):
-    """Pre-norm Transformer block: attention, then an MLP four times as wide."""
+    """Pre-norm Transformer block, attention and an MLP four times as wide: x (B, M, D) -> the same.
+    Without context: self-attention. With context (B, K, D): cross-attention, in which the tokens
+    of x don't see each other."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -135,23 +138,23 @@ class MAE(nn.Module):
         for table in (self.sensor, self.mask_token):
             nn.init.normal_(table.weight, std=0.02)
 
-    def streams(self, tokens, index, patches):
-        """Tokens (B, K, 3P) at index (B, K) into S x `patches` -> [(B, K, D), ...]: what goes into
-        the first block, and what comes out of each."""
-        stream = [self.embed(tokens) + self.sensor(index // patches)]
-        rotation = rotary(index % patches, self.head_width)
+    def streams(self, tokens, index, G):
+        """Tokens (B, K, 3P) at index (B, K) into S x G -> [(B, K, D), ...]: what goes into the
+        first block, and what comes out of each."""
+        stream = [self.embed(tokens) + self.sensor(index // G)]
+        rotation = rotary(index % G, self.head_width)
         for block in self.blocks:
             stream.append(block(stream[-1], rotation))
         return stream
 
-    def encode(self, tokens, index, patches):
+    def encode(self, tokens, index, G):
         """Visible tokens (B, K, 3P) at index (B, K) -> latents (B, K, D)."""
-        return self.norm(self.streams(tokens, index, patches)[-1])
+        return self.norm(self.streams(tokens, index, G)[-1])
 
-    def decode(self, latents, keep, masked, patches):
+    def decode(self, latents, keep, masked, G):
         """Latents (B, K, D) of the tokens `keep` -> predicted patches (B, M, 3P) at `masked`."""
-        context, x = self.to_decoder(latents), self.mask_token(masked // patches)
-        rotation_context, rotation = (rotary(index % patches, self.decoder_head_width)
+        context, x = self.to_decoder(latents), self.mask_token(masked // G)
+        rotation_context, rotation = (rotary(index % G, self.decoder_head_width)
                                       for index in (keep, masked))
         for block in self.decoder:
             x = block(x, rotation, context, rotation_context)
@@ -166,9 +169,9 @@ class MAE(nn.Module):
 
     def predictions(self, x, keep, masked):
         """Windows x (B, C, T) -> predicted patches (B, M, 3P)."""
-        patches = x.shape[2] // self.patch
+        G = x.shape[2] // self.patch
         tokens = select(patchify(x, self.patch).flatten(1, 2), keep)
-        return self.decode(self.encode(tokens, keep, patches), keep, masked, patches)
+        return self.decode(self.encode(tokens, keep, G), keep, masked, G)
 
     def forward(self, x, keep, masked):
         """The loss of each window x (B, C, T), (B,): mean squared error on its masked patches."""
@@ -184,7 +187,7 @@ class MAE(nn.Module):
 
     def features(self, x, sensors=None):
         """Windows (B, C, T), of any length T -> (B, S, G, 2D) of all patches, none masked: what
-        goes into the last block beside the latents, which alone are made for reconstruction.
+        goes into the last block, and what comes out, which alone would suit reconstruction best.
 
         sensors: the indices of the sensors of x in the model's sensor embedding; default: all."""
         tokens = patchify(x, self.patch)
@@ -214,16 +217,16 @@ def parameters(model):
     encoder = sum(p.numel() for name, p in model.named_parameters() if name.startswith(kept))
     return sum(p.numel() for p in model.parameters()), encoder
 
-def forward_flops(width, depth, patch, sensors, patches, mask_ratio, decoder_width=64,
-                  decoder_depth=1):
+def forward_flops(width, depth, patch, S, G, mask_ratio, decoder_width=64, decoder_depth=1):
     """FLOPs of the forward pass per window: two for each multiply-add of a matrix product. Training
     costs three times as much: the backward pass has two matrix products for each one here."""
-    K = visible_tokens(sensors * patches, mask_ratio)
-    M, D, E = sensors * patches - K, width, decoder_width
+    K = visible_tokens(S * G, mask_ratio)
+    M, D, E = S * G - K, width, decoder_width
 
     def block(queries, keys, w):
-        attention = 4 * (queries + keys) * w * w + 4 * queries * keys * w
-        return attention + 16 * queries * w * w        # + the MLP
+        projections = 4 * (queries + keys) * w * w     # query and out; key and value
+        attention = 4 * queries * keys * w             # q k^T; weights v
+        return projections + attention + 16 * queries * w * w                  # + up and down
     encoder = 2 * K * 3 * patch * D + depth * block(K, K, D)
     return encoder + 2 * K * D * E + decoder_depth * block(M, K, E) + 2 * M * E * 3 * patch
 

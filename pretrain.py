@@ -58,7 +58,7 @@ def held_out(prepared, flags, device="cpu"):
 # ---------------------------------------------------------------- optimisers, schedule, average
 def orthogonal(matrices, steps=5):
     """Matrices (M, a, b), a <= b, with rows made nearly orthonormal by Newton-Schulz iteration."""
-    x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)     # Jordan's numbers:
     for _ in range(steps):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
@@ -117,14 +117,17 @@ def best_step(history):
 def has_converged(history, patience, least=300):
     """Whether the held-out loss hasn't improved over the last `patience` share of the steps; never
     before `least` steps: many cells learn nothing new for about 200 steps, then go on."""
-    step = history[-1]["step"] if history and patience else 0
+    if not history or not patience:                    # --patience 0: only --steps ends a run
+        return False
+    step = history[-1]["step"]
     return step >= least and best_step(history) <= (1 - patience) * step
 
 def cross_fitted(history, half):
-    """Each held-out person's loss at a step that was chosen on the other half, (people,)."""
-    losses = np.array([line["people"] for line in history])                    # (steps, people)
-    step_a, step_b = (losses[:, half == other].mean(1).argmin() for other in (1, 0))
-    return np.where(half == 0, losses[step_a], losses[step_b])
+    """Each held-out person's loss (people,), at the evaluation that is best for the other half: the
+    lowest of many noisy losses of the same people would be too low."""
+    losses = np.array([line["people"] for line in history])              # (evaluations, people)
+    best_of_0, best_of_1 = (losses[:, half == h].mean(1).argmin() for h in (0, 1))
+    return np.where(half == 0, losses[best_of_1], losses[best_of_0])
 
 # ---------------------------------------------------------------- a run is never lost
 def lock(run):
@@ -171,7 +174,8 @@ def read_config(run):
     raise UserError(f"{run} is not a run of pretrain.py: config.json is missing or damaged")
 
 def check_same_run(run, config, done):
-    """Raise UserError if another command made `run`; --steps and --patience may be raised."""
+    """UserError if another command made `run`. Only --steps may differ, but not below the steps
+    that are done, and --patience, which may be raised."""
     defaults = vars(build_parser().parse_args([]))     # a flag that an old run doesn't name
     before, now = ({**defaults, **made["flags"], "fingerprint": made["fingerprint"]}
                    for made in (read_config(run), config))
@@ -215,11 +219,11 @@ def draw_reconstruction(path, model, held, rate):
 def build_parser():
     p = argparse.ArgumentParser(description="Pre-train a masked autoencoder: one cell of the grid.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    count, share, positive = number(int, 1), number(float, 0, 1), number(float, 0)
+    count, share, amount = number(int, 1), number(float, 0, 1), number(float, 0)
     flag = p.add_argument_group("data, model and task").add_argument
     flag("--data", default="simulated", help="prepared set, or several pooled: a+b+c")
     flag("--users", type=count, help="training users; without it, all who aren't held out")
-    flag("--hours-per-user", type=positive, help="at most so many hours of each; without it, all")
+    flag("--hours-per-user", type=amount, help="at most so many hours of each; without it, all")
     flag("--sensors", choices=["both", "acc", "gyro"], default="both", help="one: half the tokens")
     flag("--width", type=count, default=64, help="parameters and time grow with its square")
     flag("--depth", type=count, default=3, help="blocks of the encoder")
@@ -228,17 +232,18 @@ def build_parser():
     flag("--mask-ratio", type=share, default=0.75, help="share of hidden tokens: more is harder")
     flag("--target", choices=["raw", "window"], default="raw", help="window: the signal "
          "normalised by window: better features, but losses can't be compared with those of raw")
-    flag("--rotate", type=positive, default=0.0, help="random rotation of about so many rad")
+    flag("--rotate", type=amount, default=0.0, help="random rotation of about so many rad")
     flag = p.add_argument_group("optimisation").add_argument
     flag("--steps", type=count, default=20000, help="updates at most; raise it to lengthen a run")
     flag("--patience", type=share, default=0.3, help="end when the held-out loss hasn't improved "
          "over this share of the steps so far; 0: run all of --steps")
     flag("--batch", type=count, default=64, help="windows in an update, over all processes")
-    flag("--lr", type=positive, default=0.02, help="peak learning rate, the same for every width")
-    flag("--weight-decay", type=positive, default=0.05, help="pull of the weights towards zero")
+    flag("--lr", type=amount, default=0.02, help="peak learning rate, the same for every width")
+    flag("--weight-decay", type=amount, default=0.05, help="pull of the weights towards zero")
     flag("--tau", type=count, default=500, help="step at which the learning rate begins to fall")
-    flag("--decay", type=positive, default=0.5, help="how fast it falls: (1 + step / tau)^-decay")
-    flag("--average", type=positive, default=7, help="moving average of weights: larger is shorter")
+    flag("--decay", type=amount, default=0.5, help="how fast it falls: (1 + step / tau)^-decay")
+    flag("--average", type=amount, default=7, help="gamma of the moving average of the weights: "
+         "if larger, fewer steps count")
     flag("--seed", type=number(int, 0), default=0, help="draws users, windows, weights, batches")
     flag("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 if fast")
     flag = p.add_argument_group("machine and output").add_argument

@@ -405,10 +405,14 @@ def test_the_command_line_lists_prepares_draws_and_refuses(run, refused):
     assert Path("data/simulated/plot.png").read_bytes()[:4] == b"\x89PNG"
     printed = run("data.py")[1]
     assert all(name in printed for name in data.SOURCES)
-    for flags in ("nonsense", "simulated --name a+b", "plot nothing", "simulated --users 3",
-                  "simulated --users 0 --name s", "simulated --hours-per-user nan --name s",
-                  "simulated --limit-users -1 --name s", "folder --raw /dev/null"):
-        refused(f"data.py {flags}", "data.py: ", usage=True)
+    for flags, words in {
+            "nonsense": "invalid choice", "simulated --name a+b": "use letters",
+            "plot nothing": "not prepared", "simulated --users 3": "differs in users",
+            "simulated --users 0 --name s": "--users: 0 is not a whole number",
+            "simulated --hours-per-user nan --name s": "--hours-per-user: nan is not a number",
+            "simulated --limit-users -1 --name s": "--limit-users: -1",
+            "folder --raw /dev/null": "nothing that can be read"}.items():
+        refused(f"data.py {flags}", words, usage=True)
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="no real recordings in ../shared/data")
 @pytest.mark.parametrize("source", ["motionsense", "sisfall", "uschad"])

@@ -21,7 +21,9 @@ def test_a_batch_depends_on_the_seed_and_its_step_alone():
     prepared, rows = data.load("simulated"), np.arange(50)
     first, again, other = (pretrain.batch_at(step, prepared, rows, FLAGS) for step in (7, 7, 8))
     assert all(torch.equal(a, b) for a, b in zip(first, again))
-    assert not torch.equal(first[0], other[0]) and not torch.equal(first[1], other[1])
+    seeded = pretrain.batch_at(7, prepared, rows, FLAGS | {"seed": 1})
+    for batch in (other, seeded):
+        assert not torch.equal(first[0], batch[0]) and not torch.equal(first[1], batch[1])
 
 def test_muon_equals_the_library():
     torch.manual_seed(0)
