@@ -10,7 +10,9 @@ From finished runs to a scaling law: its fit, intervals, what it predicts, and w
 The law of a grid is  loss = E + (A users^-a hours_per_user^-b + B params_encoder^-c)^delta.
 Users and hours per user are two ways to get data, so they share a term. Data and parameters are
 coupled: with delta below 1 the scarcer of the two limits (Kaplan et al. 2020, arXiv 2001.08361).
-The fit is approach 3 of Hoffmann et al. 2022 (2203.15556). results/coverage.md tests all of this.
+Exponents, `alpha` in laws.json, are a, b and c times delta: slopes on log axes where nothing else
+limits.
+The fit is approach 3 of Hoffmann et al. 2022 (2203.15556). results/coverage.md tests it on grids.
 """
 import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")     # before numpy: small matrices, idle threads
@@ -23,10 +25,9 @@ from pathlib import Path
 
 import numpy as np
 from scipy.optimize import minimize
-from scipy.special import stdtrit
-from scipy.stats import spearmanr, ttest_1samp
+from scipy.stats import spearmanr, t as student_t, ttest_1samp
 
-from data import UserError, command, provenance, replacing, require, write_json
+from data import UserError, command, number, provenance, replacing, require, write_json
 
 HUBER = 1e-3                             # residuals above 0.1 % count linearly, not squared
 DATA = ("users", "hours_per_user")
@@ -41,14 +42,16 @@ class Shape:
     terms: tuple                         # of factors: (("users", "hours_per_user"), ("params",))
     floor: bool = True                   # else E is 0
     coupled: bool = False                # else delta is 1
-    enough: float = 0                    # hours: the factor "data" is users / (1/hours + 1/enough)
+    enough: float = 0                    # hours: the factor "data" is users / (1/hours + 1/enough);
+                                         # 1e9: it is the hours in all
     curve: tuple = ()                    # ("logarithm" or "exponential", factor)
 
     def __post_init__(self):
         self.x = sum(self.terms, ())                           # all factors
-        self.columns = sum((DATA if x == "data" else (x,) for x in self.x), ())   # of a table
+        self.columns = sum((DATA if self.enough and x == "data" else (x,) for x in self.x), ())
         self.member = np.array([[float(x in term) for x in self.x] for term in self.terms])
-        self.parameters = self.floor + len(self.terms) + len(self.x) + self.coupled
+        self.parameters = (self.floor + len(self.terms) + len(self.x) + self.coupled
+                           + (0 < self.enough < 1e9))
 
 def logs(table, shape):
     """Log of each factor, (k, n); a factor with an exponential curve stays as it is."""
@@ -63,18 +66,18 @@ def parts(theta, shape):
     T = len(shape.terms)
     return theta[0], theta[1:1 + T], theta[1 + T:-1], math.exp(theta[-1])
 
-def law(theta, u, shape):
+def loss_and_slopes(theta, u, shape):
     """The loss (n,) at the scaled logs u (k, n) of the factors, and its slopes by theta (P, n).
 
     loss = E + (sum over terms t of exp(z_t))^delta,  delta z_t = a_t - sum_i alpha_i u_i
     """
     E, a, alpha, delta = parts(theta, shape)
-    bends, slopes = -alpha[:, None] * u, -u
+    powers, slopes = -alpha[:, None] * u, -u               # log of each factor's power, (k, n)
     if "logarithm" in shape.curve:       # 1 - alpha u in place of exp(-alpha u)
         i = shape.x.index(shape.curve[1])
-        slopes[i] /= 1 + bends[i]
-        bends[i] = np.log1p(bends[i])
-    z = (a[:, None] + shape.member @ bends) / delta
+        slopes[i] /= 1 + powers[i]
+        powers[i] = np.log1p(powers[i])
+    z = (a[:, None] + shape.member @ powers) / delta
     shares = np.exp(z - z.max(0))
     log_sum = z.max(0) + np.log(shares.sum(0))
     above = np.exp(delta * log_sum)
@@ -85,7 +88,7 @@ def law(theta, u, shape):
 
 def objective(theta, u, log_y, shape):
     """Sum over rows of Huber(log y - log law) / HUBER^2, and its gradient."""
-    loss, slopes = law(theta, u, shape)
+    loss, slopes = loss_and_slopes(theta, u, shape)
     residuals = log_y - np.log(loss)
     clipped = np.clip(residuals, -HUBER, HUBER)
     value = (clipped * (residuals - clipped / 2)).sum()
@@ -95,7 +98,7 @@ def objective(theta, u, log_y, shape):
 @dataclass
 class Fit:
     shape: Shape
-    theta: np.ndarray                    # of `law`, at logs scaled to -1 ... 1 and a loss about 1
+    theta: np.ndarray                    # at logs scaled to -1 ... 1 and a loss about 1
     middle: np.ndarray                   # of each factor's logs, (k,)
     half: np.ndarray                     # of their range, (k,)
     unit: float                          # of the loss
@@ -107,7 +110,7 @@ class Fit:
         return ((logs(table, self.shape).T - self.middle) / self.half).T
 
     def loss(self, table):
-        return self.unit * law(self.theta, self.scaled(table), self.shape)[0]
+        return self.unit * loss_and_slopes(self.theta, self.scaled(table), self.shape)[0]
 
     def alpha(self, x):
         return self.numbers()["alpha"][self.shape.x.index(x)]
@@ -116,26 +119,32 @@ class Fit:
         """E, A, alpha, delta of E + (sum over terms of A times each x^-(alpha / delta))^delta."""
         E, a, alpha, delta = parts(self.theta, self.shape)
         alpha = alpha / self.half
-        a = a + self.shape.member @ (alpha * self.middle) + math.log(self.unit)
+        powers = [self.shape.curve != ("logarithm", x) for x in self.shape.x]    # else at u = 0
+        a = a + self.shape.member @ (alpha * self.middle * powers) + math.log(self.unit)
         A = np.exp(np.clip(a / delta, -700, 700))
         numbers = {"E": self.unit * E, "A": A, "alpha": alpha}
         return {**numbers, "delta": delta} if self.shape.coupled else numbers
 
 @np.errstate(all="ignore")               # trial steps may overflow
 def fit(table, shape, y, near=None):
-    """Fit a shape to `table` {column: (n,)}; `near`, the fit to a similar table, saves time."""
+    """Fit a shape to the column `y` of `table` {column: (n,)}: the best of 48 random starts (E, a,
+    alpha, log delta); `near`, the fit to a similar table, saves time."""
     log_y, (T, k) = np.log(table[y]), shape.member.shape
     starts = np.random.default_rng(0).random((48, T + k + 2)) * [.8, *[-3] * T, *[.8] * k, -1]
     if near:                             # from `near` alone, the fit may stick
         fitted, starts = replace(near, shape=shape), [near.theta, *starts[:2]]
     else:
         u = logs(table, shape)
-        half = np.maximum(np.ptp(u, 1) / 2, .01)
-        fitted = Fit(shape, None, (u.max(1) + u.min(1)) / 2, half, math.exp(log_y.mean()))
+        low, high = u.min(1), u.max(1)
+        middle, half = (low + high) / 2, np.maximum((high - low) / 2, .01)
+        if "exponential" in shape.curve:                   # of x itself, which may span decades
+            i = shape.x.index(shape.curve[1])
+            middle[i], half[i] = low[i], math.sqrt(low[i] * high[i])
+        fitted = Fit(shape, None, middle, half, math.exp(log_y.mean()))
     problem = fitted.scaled(table), log_y - math.log(fitted.unit), shape
-    bounds = [(0, 10 * shape.floor), *[(-40, 40)] * T,
+    bounds = [(0, 10 if shape.floor else 0), *[(-40, 40)] * T,          # 1 - alpha u stays above 0
               *[(0, .999 if shape.curve == ("logarithm", x) else 20) for x in shape.x],
-              (-3 * shape.coupled, 1.6 * shape.coupled)]
+              (-3, 1.6) if shape.coupled else (0, 0)]
     for steps in (15, 3000):             # all starts briefly, then the best four to the end
         options = {"maxiter": steps, "ftol": 1e-11, "gtol": 1e-6, "maxcor": 20}
         ends = [minimize(objective, start, problem, "L-BFGS-B", True, bounds=bounds,
@@ -147,13 +156,15 @@ def fit(table, shape, y, near=None):
     return fitted
 
 def aicc(fitted):
-    """AICc with the Laplace density, as Huber's loss is linear above 0.1 %; lower is better."""
+    """AICc with the Laplace density, as Huber's loss is linear above 0.1 %; lower is better. Minus
+    twice its log likelihood is 2 n log(2 e b), b the mean |residual|, which is a parameter, too."""
     n, k = len(fitted.residuals), fitted.shape.parameters + 1
     deviance = 2 * n * math.log(2 * math.e * max(fitted.objective, 1e-12) / n / HUBER)
     return deviance + 2 * k + 2 * k * (k + 1) / max(n - k - 1, 1e-3)
 
 # ---------------------------------------------------------------- intervals
-SCALES = {"ratio": (np.log, np.exp),     # where an interval is symmetric, and back
+SCALES = {"signed": (np.asarray, np.asarray), "positive": (np.asarray, np.asarray),
+          "ratio": (np.log, np.exp),     # where an interval is symmetric, and back
           "correlation": (lambda r: np.arctanh(np.clip(r, -.999, .999)), np.tanh)}    # Fisher's z
 
 def take(table, rows):
@@ -162,6 +173,15 @@ def take(table, rows):
 def indicators(values):
     """For each different value, the rows that have it: (different values, n)"""
     return np.unique(values)[:, None] == values
+
+def labels(table, text):
+    """`text` for each row, (n,): names of columns in braces are replaced by their values."""
+    return np.array([text.format(**dict(zip(table, row))) for row in zip(*table.values())])
+
+def grouped(table, text):
+    """{label: its rows}"""
+    names = labels(table, text)
+    return {name: take(table, names == name) for name in dict.fromkeys(names)}
 
 def resampled(table, y, draws=1):
     """{"whole": [table], ...: the tables that intervals are made from}. Runs of one seed share
@@ -173,7 +193,7 @@ def resampled(table, y, draws=1):
         tables["rows"] = [take(table, rng.integers(n, size=n)) for _ in range(draws)]
     elif draws and len(seeds := indicators(table["seed"])) > 2:     # two say next to nothing
         tables["seeds"] = [take(table, ~rows) for rows in seeds]
-        if "people" in table and y == "loss":      # (n, people): each run's loss on each of them
+        if np.ndim(table.get("people")) == 2 and y == "loss":      # (n, people): loss on each
             tables["people"] = [{**table, y: np.delete(table["people"], person, 1).mean(1)}
                                 for person in range(table["people"].shape[1])]
     return tables
@@ -181,7 +201,7 @@ def resampled(table, y, draws=1):
 def estimate(quantity, samples, scale="signed"):
     """A quantity and its 95 % interval, from `resampled` tables or the fits to them: with seeds the
     jackknife's error times Student's t. `ci95_people` counts held-out people as well."""
-    change, back = SCALES.get(scale, (np.asarray, np.asarray))
+    change, back = SCALES[scale]
     value, square = np.asarray(quantity(samples["whole"][0])), 0
     result = {"value": value.tolist(), "ci95": None, "ci95_people": None}
     for kind in list(samples)[1:]:
@@ -190,7 +210,7 @@ def estimate(quantity, samples, scale="signed"):
             ends = np.percentile(draws, [2.5, 97.5], axis=0)
         else:
             square += draws.var(0) * (len(draws) - 1)
-            half = stdtrit(len(samples["seeds"]) - 1, .975) * np.sqrt(square)
+            half = student_t.ppf(.975, len(samples["seeds"]) - 1) * np.sqrt(square)
             ends = change(value) + np.multiply.outer([-1, 1], half)
         if np.isfinite(ends).all():
             result["ci95_people" if kind == "people" else "ci95"] = back(ends).T.tolist()
@@ -202,21 +222,32 @@ def setting(table, x):
     return table["cap" if x == "hours_per_user" and "cap" in table else x]
 
 def largest(table, x):
-    """Rows of the largest x: of a grid its largest setting, else the top tenth."""
+    """Rows of the largest x: of a grid its largest setting, else the top tenth, or all above
+    1 / 1.1 of the largest."""
     values = setting(table, x)
     tenth = min(values.max() / 1.1, np.quantile(values, .9))
     return values >= (values.max() if "cap" in table else tenth)
 
+def saturating(table, shape, y):
+    """The same shape with those `enough` hours, of 12 numbers, that fit best."""
+    near, hours = fit(table, shape, y), table["hours_per_user"]
+    trials = [replace(shape, enough=enough)
+              for enough in np.geomspace(hours.min() / 4, hours.max() * 10, 12)]
+    return min(trials, key=lambda trial: fit(table, trial, y, near).objective)
+
 def hold_out(table, law, y, x):
-    """The largest x, predicted by the same law fitted to the other rows."""
-    top = largest(table, x)
-    rows = take(table, top)
-    predicted = fit(take(table, ~top), law.shape, y, law).loss(rows)
+    """The largest x, predicted by the same law fitted to the other rows alone."""
+    top, shape = largest(table, x), law.shape
+    rows, rest = take(table, top), take(table, ~top)
+    if 0 < shape.enough < 1e9:
+        shape = saturating(rest, shape, y)
+    predicted = fit(rest, shape, y, law).loss(rows)
     return {"measured": rows[y], "predicted": predicted, "error": abs(predicted / rows[y] - 1),
-            "seed": table.get("seed", top)[top]}
+            "seed": table.get("seed", np.arange(len(top)))[top]}
 
 def predicts_worse(law, other, x):
-    """Are its errors at the largest x larger than another law's? One-sided t at 5 % over seeds."""
+    """Are its errors at the largest x larger than another law's? One-sided t at 5 % over seeds,
+    without seeds over rows."""
     excess = law.held[x]["error"] - other.held[x]["error"]
     excess = np.array([excess[rows].mean() for rows in indicators(law.held[x]["seed"])])
     if len(excess) < 3:
@@ -231,10 +262,7 @@ def candidates(table, terms, a):
     shapes["M1, terms added"] = added
     if grid and DATA in terms:
         hours = replace(added, terms=(("data",), *terms[1:]), enough=1e9)
-        near, each = fit(table, hours, a.y), table["hours_per_user"]
-        trials = [replace(hours, enough=enough)
-                  for enough in np.geomspace(each.min() / 4, each.max() * 10, 12)]
-        fewer = min(trials, key=lambda shape: fit(table, shape, a.y, near).objective)
+        fewer = saturating(table, hours, a.y)
         shapes |= {"M0, only hours in all count": hours,
                    "MA, a term for each factor": replace(added, terms=tuple((x,) for x in added.x)),
                    "MC, hours of a person count less and less": fewer,
@@ -244,7 +272,7 @@ def candidates(table, terms, a):
     law = shapes[first[0]]
     shapes = {first[0]: law} | shapes
     for x in law.x:                      # another curve in the place of its power law
-        floor = law.floor and len(law.x) > 1             # a lone logarithm needs none
+        floor = law.floor and (law.coupled or (x,) not in law.terms)     # a lone log needs none
         shapes |= {f"logarithm in {x}": replace(law, curve=("logarithm", x), floor=floor),
                    f"exponential in {x}": replace(law, curve=("exponential", x))}
     return shapes
@@ -273,16 +301,18 @@ def analyse(shown, terms, a):
         fitted.held = {x: hold_out(table, fitted, a.y, x) for x in columns}
     law, *_ = fits.values()
     tables = resampled(table, a.y, a.bootstrap)
+    laws = {"whole": [law]}
     with ProcessPoolExecutor(2) as pool:
         again = partial(fit, shape=shape, y=a.y, near=law)
-        laws = {kind: list(pool.map(again, tables[kind], chunksize=8)) for kind in tables}
-    return Study(shown, table, a.y, law, fits, tables, laws | {"whole": [law]})
+        for kind in list(tables)[1:]:
+            laws[kind] = list(pool.map(again, tables[kind], chunksize=8))
+    return Study(shown, table, a.y, law, fits, tables, laws)
 
 # ---------------------------------------------------------------- verdicts
 def span(ci95):
-    if ci95 and 0 < ci95[0] < 1e-6 * ci95[1]:
-        return "[unbounded]"
-    return "[{:.4g}, {:.4g}]".format(*ci95) if ci95 else "[no interval: it takes 3 seeds]"
+    if not ci95:
+        return "[no interval: it takes 3 seeds, or --bootstrap]"
+    return "[{:.4g}, {:.4g}]".format(*ci95) if ci95[1] < 1e6 * max(ci95[0], 1) else "[unbounded]"
 
 def verdict(claim, text, quantity, samples, scale="signed", against="", refuted=False):
     """Decide a claim: the interval of a quantity lies above 0 (of a ratio, 1) or below it. Evidence
@@ -301,13 +331,15 @@ def verdict(claim, text, quantity, samples, scale="signed", against="", refuted=
     return {**result, "decision": decision, "text": text}
 
 def power_law(study, x):
-    """Undecided if another curve has a lower AICc or predicts the largest x better; no if both."""
-    law, against, refuted = study.law, "", False
+    """Undecided if another curve has a lower AICc or predicts the largest x better; no if both, but
+    any curve fits three settings, and two, of which the third is predicted, leave it open."""
+    law, refuted = study.law, False
+    against = "" if law.alpha(x) > 0 else f"; {study.y} doesn't fall with it"
     for name in (f"logarithm in {x}", f"exponential in {x}"):
         other = study.fits[name]
         signs = [aicc(other) <= aicc(law), x in law.held and predicts_worse(law, other, x)]
-        against += f"; as good: {name}" * any(signs)
-        refuted |= all(signs)
+        against += f"; as good: {name}" if any(signs) else ""
+        refuted |= all(signs) and len(np.unique(setting(study.table, x))) > 3
     return verdict(f"a power law in {x}", "Exponent", lambda law: law.alpha(x), study.laws,
                    "positive", against, refuted)
 
@@ -354,13 +386,13 @@ def interaction(study):
         sizes, same_draw = rows["params_encoder"], labels(rows, "{users} {cap} {seed}")
         columns = [np.log10(sizes) * np.log2(rows["hours"]), *indicators(sizes)[1:]]
         return -slope(rows, study.y, columns, same_draw)
-    complete = np.isin(table["seed"], table["seed"][sizes == sizes.min()])     # seeds: all sizes
+    complete = np.isin(table["seed"], table["seed"][sizes == sizes.min()])     # all sizes run
     added = study.fits["M1, terms added"]
     worse = any(predicts_worse(study.law, added, x) for x in study.law.held)
     return verdict("larger models need more data", "What a tenfold model saves in log loss grows, "
                    "per doubling of the hours in all, by", gain, resampled(
                        take(table, complete), study.y), "signed",
-                   "; but uncoupled predicts better" * worse)
+                   "; but uncoupled predicts better" if worse else "")
 
 def capacity(law, plan):
     """The smallest model that no larger one beats by more than 1 %."""
@@ -379,8 +411,7 @@ def frontier(table):
     sizes = table["params_encoder"][losses.argmin(0)]
     return {"flops": budgets, "loss": losses.min(0), "params_encoder": sizes}
 
-def frontier_law(points):
-    return fit(points, Shape((("flops",),)), "loss")
+frontier_law = partial(fit, shape=Shape((("flops",),)), y="loss")
 
 def compute_frontier(study):
     points = frontier(study.shown)
@@ -470,7 +501,7 @@ def read_cell(cell):
 
 def collect(folder, out):
     """Write results.csv (a row per finished run), curves.csv (a row per evaluation) into `out`."""
-    results, curves, first = [], [], {}
+    results, curves, first, configs = [], [], {}, {}
     for cell in sorted(folder.glob("*/")):
         if not (cell / "result.json").is_file():
             print(f"note: {cell.name} is not done and is left out")
@@ -482,6 +513,10 @@ def collect(folder, out):
                     f"{value} in {cell.name}, and {other} in others: give each its own folder")
         results.append(row)
         curves += curve
+        configs[cell.name] = config
+    for key in first:
+        if older := [name for name, config in configs.items() if key not in config]:
+            print(f"note: {key} is {first[key]}, but these cells don't name it (older?):", *older)
     require(results, f"{folder} has no finished run: train first")
     for path, rows in ((out / "results.csv", results), (out / "curves.csv", curves)):
         with replacing(path) as temporary, open(temporary, "w", newline="") as file:
@@ -490,15 +525,6 @@ def collect(folder, out):
             writer.writeheader()
             writer.writerows(rows)
     return out / "results.csv"
-
-def labels(table, text):
-    """`text` for each row, (n,): names of columns in braces are replaced by their values."""
-    return np.array([text.format(**dict(zip(table, row))) for row in zip(*table.values())])
-
-def grouped(table, text):
-    """{label: its rows}"""
-    names = labels(table, text)
-    return {name: take(table, names == name) for name in dict.fromkeys(names)}
 
 def read_grid(path, needed, a):
     """The columns of a results.csv; `used` (n,): the rows that a law is fitted to."""
@@ -535,9 +561,18 @@ def entry(study, name):
     """A law as laws.json has it; the first one with its intervals and the fits behind them."""
     law, table = study.fits[name], study.table
     shape, n, numbers = law.shape, len(law.residuals), law.numbers()
-    power = "^(-alpha/delta)" if shape.coupled else "^-alpha"
-    terms = " + ".join(f"A {' '.join(x + power for x in term)}" for term in shape.terms)
-    form = "E + " * shape.floor + (f"({terms})^delta" if shape.coupled else terms)
+
+    alpha, power = ("(alpha/delta)", "^(1/delta)") if shape.coupled else ("alpha", "")
+    forms = {x: f"{x}^-{alpha}" for x in shape.x}
+    kind, x = shape.curve or ("", "")
+    if kind == "exponential":
+        forms[x] = f"exp(-{alpha} {x})"
+    if kind == "logarithm":
+        middle = math.exp(law.middle[shape.x.index(x)])
+        forms[x] = f"(1 - alpha log({x} / {middle:.4g})){power}"
+    terms = " + ".join(f"A {' '.join(forms[x] for x in term)}" for term in shape.terms)
+    form = ("E + " if shape.floor else "") + (f"({terms})^delta" if shape.coupled else terms)
+    form += "; data = users / (1/hours_per_user + 1/enough)" if shape.enough else ""
     held = {x: {"column": x, **summary(rows["error"])} for x, rows in law.held.items()}
     result = {"name": name, "x": shape.x, "terms": shape.terms, "y": study.y, "form": form,
               **numbers, "enough": shape.enough, "ci95": None, "objective": law.objective, "n": n,
@@ -560,7 +595,7 @@ def report(study, entries, verdicts):
     print("\n{y} = {form}   ({n} rows, objective {objective:.9g})".format(**first))
     for key, value in study.law.numbers().items():
         ends = (first["ci95"] or {}).get(key, [])
-        print(f"  {key:6}", np.round(value, 4), *np.round(ends, 4).tolist())
+        print(f"  {key:6}", *(np.array2string(np.array(v), precision=4) for v in (value, *ends)))
     print(f"{'':44} AICc, rms error at the largest", *first["held_out"])
     for law in entries:
         print("  {name:42} {aicc:7.1f}".format(**law), *[
@@ -608,15 +643,15 @@ def recommend(path, plan):
             print(f"note: {x} {plan[x]:g} is extrapolated, the grid has {low:g} to {high:g}")
 
 def predict(path, cells, out):
-    """Predict each row of a CSV; where all have a measured `loss`, report the error."""
+    """Predict each row of a CSV; where y is measured in all of them, report the error."""
     first, laws, _ = read_law(path)
     table = read_csv(cells, first["range"])
     losses, bands = expected(first, laws, table)
     result = {"law": str(path), "provenance": provenance(), "cells": [
         {"name": name, "loss": loss, "single_run": band}
         for name, loss, band in zip(table.get("name", losses), losses, bands)]}
-    measured = table.get("loss", np.array(""))
-    if measured.dtype != float:
+    measured = table.get(first["y"])
+    if measured is None or measured.dtype != float:
         return write_json(out / "prediction.json", result)
     inside = np.mean((bands[:, 0] <= measured) & (measured <= bands[:, 1]))
     result |= {**summary(abs(losses / measured - 1)), "inside": inside, "measured": measured}
@@ -738,32 +773,34 @@ def main():
     add("--no-floor", action="store_true", help="E is 0: with enough data any loss can be reached")
     add("--law", default="", metavar="NAME", help="the shape to use, by the start of its name: M0, "
         "M1, M2, MA or MC (default: M2 for a grid; results/coverage.md says why)")
-    add("--holdout", metavar="COLUMN", help="predict the rows where it is largest (default: all)")
-    add("--bootstrap", type=int, default=1000, help="resampled tables for the intervals, or 0; "
-        "with seeds, each seed is left out once instead (default: 1000)")
+    add("--holdout", metavar="COLUMN", help="predict the rows where it is largest, too, and first "
+        "(default: those of each factor)")
+    add("--bootstrap", type=number(int, 0), default=1000, help="resampled tables for the "
+        "intervals, or 0; with seeds, each seed is left out once instead (default: 1000)")
     add("--converged-only", action="store_true", help="leave out cells that --steps cut off")
-    add("--max-unexplained", type=float, default=.93, help="settings (users x hours x model) that "
-        "leave more of the signal unexplained, on average over their seeds, have hardly learned "
-        "and stay out of the law (default: 0.93)")
+    add("--max-unexplained", type=number(float, 0), default=.93, help="settings (users x hours x "
+        "model) that leave more of the signal unexplained, on average over their seeds, have "
+        "hardly learned and stay out of the law (default: 0.93)")
     add("--recommend", action="store_true", help="print capacity, loss, whom to record next, for:")
-    add("--users", type=float, default=0, help="users in the plan")
-    add("--hours-per-user", type=float, default=0, help="hours recorded of each")
+    add("--users", type=number(float, 0), default=0, help="users in the plan")
+    add("--hours-per-user", type=number(float, 0), default=0, help="hours recorded of each")
     add("--predict", metavar="CSV", help="write prediction.json for these cells (name, factors), "
-        "or outcome.json with the errors if they have a measured loss")
+        "or outcome.json with the errors if y was measured in all")
     a = p.parse_args()
-    require(a.bootstrap >= 0 and (a.out or a.recommend or a.predict),
-            "give --out a folder to write to, and --bootstrap a number of 0 or more")
+    require(a.out or a.recommend or a.predict, "give --out a folder to write to")
     if a.recommend:
         return recommend(a.target, {x: vars(a)[x] for x in DATA})
     if a.predict:
         return predict(a.target, a.predict, a.out or a.target.parent)
     terms = tuple(a.x or TERMS)
     factors = sum(terms, ())
-    require(len(factors) < 5 and len({"", a.y, *factors}) == len(factors) + 2,
-            "--x takes one to four columns, each in one term only, and not --y")
+    require(len(factors) < 5 and len({"", "cap", "used", a.y, *factors}) == len(factors) + 4,
+            "--x takes one to four columns, each in one term only, and not --y (rename cap, used)")
     needed = {*factors, a.y, a.holdout or a.y}
     path = collect(a.target, a.out) if a.target.is_dir() else a.target
     shown = read_csv(path, needed) if a.x else read_grid(path, needed, a)
+    if a.x:                              # other columns have no meaning here
+        shown = {x: shown[x] for x in shown if x in needed | {"seed"}}
     study = analyse(shown, terms, a)
     verdicts, entries = verdicts_of(study), [entry(study, name) for name in study.fits]
     write_json(a.out / "laws.json",

@@ -1,6 +1,7 @@
 """The laws against what is known: planted laws, a published fit, planted claims, bad input.
 
-`python -m pytest -m slow tests/test_laws.py` makes results/coverage.md again (five minutes).
+`COVERAGE=results/coverage.md python -m pytest -m slow tests/test_laws.py` writes that page's tables
+again (five minutes).
 """
 import csv, json, os, re, shutil, subprocess, sys
 from dataclasses import replace
@@ -106,6 +107,12 @@ def test_a_planted_law_of_joined_and_coupled_factors_is_found():
     assert found["E"] == pytest.approx(.1, abs=.005)
     assert found["delta"] == pytest.approx(.4, abs=.02)
 
+def test_an_exponential_over_six_decades_is_found():
+    tokens = np.geomspace(1e6, 1e12, 40)
+    table = {"tokens": tokens, "loss": .2 + .8 * np.exp(-tokens / 3e8)}
+    found = fit(table, Shape((("tokens",),), curve=("exponential", "tokens")), "loss").numbers()
+    np.testing.assert_allclose([found["E"], *found["A"], *found["alpha"]], [.2, .8, 1 / 3e8], 1e-3)
+
 def test_no_search_finds_a_lower_objective():
     """Differential evolution needs neither starts nor gradients, and comes no lower."""
     table = planted(np.random.default_rng(3), n=60, noise=.03)
@@ -179,6 +186,24 @@ def test_a_logarithm_is_not_called_a_power_law():
     verdicts = verdicts_of(analyse(table, TERMS, DEFAULTS))
     assert verdicts["power_law_of_users"]["decision"] != "holds"
 
+def test_three_settings_refute_no_power_law_since_other_curves_pass_through_them_too():
+    table = {"x": np.repeat([1e6, 1e7, 1e8], 10), "seed": np.tile(np.arange(5), 6)}
+    for draw in range(6):
+        noise = np.exp(.01 * np.random.default_rng(draw).normal(size=30))
+        table["loss"] = (1 + 100 * table["x"] ** -.3) * noise
+        verdicts = verdicts_of(analyse(table, (("x",),), DEFAULTS))
+        assert verdicts["power_law_of_x"]["decision"] != "doesn't hold"
+
+def test_what_is_held_out_chooses_nothing_in_its_own_prediction():
+    table, size, predicted = grid(np.random.default_rng(0), 3), "params_encoder", []
+    for factor in (1, 1.5):
+        losses = np.where(table[size] == 790000, factor, 1) * table["loss"]
+        changed = {**table, "loss": losses}
+        shape = fit_laws.saturating(changed, Shape((("data",), (size,)), enough=1.), "loss")
+        law = fit(changed, shape, "loss")
+        predicted.append(fit_laws.hold_out(changed, law, "loss", size)["predicted"])
+    np.testing.assert_allclose(*predicted, rtol=2e-3)
+
 def test_the_frontier_counts_runs_that_were_cut_off():
     runs = [np.array([[1e9, 2e9], [.5, end]]) for end in (.4, .3)]         # flops, loss
     best = fit_laws.frontier({"curve": np.fromiter(runs, object), "used": np.array([True, False]),
@@ -223,6 +248,15 @@ def test_a_grid_becomes_tables_laws_figures_and_advice(run):
     outcome = read("out/outcome.json")
     assert outcome["inside"] == np.mean((low <= measured) & (measured <= high)) > .8
     assert outcome["median_relative_error"] < .05
+
+def test_names_of_columns_have_no_meaning_in_a_table(run):
+    x, z = map(np.ravel, np.meshgrid([1., 2, 4, 8, 16], [1., 3, 9, 27]))
+    table = {"data": x, "people": z, "used": z, "curve": x, "loss": 9 * x, "mse": 1 / x + 1 / z}
+    write_table("t.csv", table)
+    assert run("fit_laws.py t.csv --x data people --y mse --bootstrap 9 --out out")[0] == 0
+    np.testing.assert_allclose(read("out/laws.json")["laws"][0]["alpha"], [1, 1], atol=.01)
+    assert run("fit_laws.py out/laws.json --predict t.csv")[0] == 0
+    assert read("out/outcome.json")["worst_relative_error"] < .01, "of mse, not of loss"
 
 def test_a_constant_factor_is_left_out_the_table_gives_the_law_again_and_one_seed_no_interval(run):
     table = grid(np.random.default_rng(0), delta=None)
@@ -298,7 +332,7 @@ REFUSED = {                              # what is wrong: (table, flags, words o
 def test_a_refusal_is_one_line_and_exit_2_and_leaves_nothing(why, refused):
     text, flags, words = REFUSED[why]
     Path("t.csv").write_bytes(text.encode(errors="surrogateescape"))
-    refused(f"fit_laws.py t.csv {flags}", words)
+    refused(f"fit_laws.py t.csv {flags}", words, usage=True)
     assert os.listdir() == ["t.csv"]
 
 @pytest.mark.parametrize("target", ["nothing.csv --x x", "."])
@@ -370,7 +404,7 @@ def test_every_interval_in_a_page_is_in_a_committed_table(page):
         json.loads(path.read_text(), object_hook=parts.append)             # all that is in {}
     known = [(part.get("value", part.get("loss")), part[kind]) for part in parts
              for kind in ("ci95", "ci95_people", "single_run") if part.get(kind)]
-    text = (ROOT / page).read_text().partition("## Earlier work")[0]       # that is of --recommend
+    text = (ROOT / page).read_text().partition("## Earlier work")[0]       # from --recommend, no table
     quoted = re.findall(r"(?:(-?[\d.]+) )?\[(-?[\d.]+), (-?[\d.]+)\]", " ".join(text.split()))
     assert quoted
     for texts in quoted:
