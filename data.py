@@ -86,6 +86,10 @@ def command(main):
         os._exit(141)
     except (UserError, OSError, BrokenExecutor) as error:        # OSError: full disk, no permission
         message, status = error, 2
+    except (MemoryError, RuntimeError) as error:   # of numpy, of torch
+        if "memory" not in f"{error!r}".lower():
+            raise
+        message, status = "out of memory: take less data, or a smaller --width or --batch", 2
     except KeyboardInterrupt:
         message, status = "stopped; run the same command again", 130
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
@@ -106,6 +110,14 @@ def write_json(path, content):
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, allow_nan=False,
                                         default=np.ndarray.tolist) + "\n")
+
+def read_json(path):
+    """The content of a .json file; of a .jsonl file, the list of its lines."""
+    try:
+        text = path.read_text()
+        return json.loads(f"[{','.join(text.splitlines())}]" if path.suffix == ".jsonl" else text)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read ({error}): make it again") from None
 
 def provenance():
     """What made a result: the git commit (with + if files were changed) and the versions used."""
@@ -241,9 +253,9 @@ def folder(user, names, read, settings):
     """A .npz with signal (n, 6) or (n, 3), rate (5 to 10,000 Hz) and, if you like, segment, label
     (n,); or a .csv with the columns t,ax,ay,az[,gx,gy,gz][,label], t in seconds."""
     path = names[0]
-    if path.suffix == ".npz":
+    if zipped := path.suffix.lower() == ".npz":
         open_zips((path,))                         # refuses a file that unpacks to too much
-    fields = np.load(path) if path.suffix == ".npz" else read_recording(path)
+    fields = np.load(path) if zipped else read_recording(path)
     x = fields["signal"].astype(float)
     t = fields["t"] if "t" in fields else np.arange(len(x)) / fields["rate"].item()
     segment = fields.get("segment", np.zeros(len(x)))
@@ -251,6 +263,8 @@ def folder(user, names, read, settings):
     if x.shape[1:] not in ((3,), (6,)) or not (
             5 <= round(1 / np.nanmedian(np.diff(t)), 2) <= 10_000):
         raise ValueError(f"signal {x.shape}, or a rate that isn't 5 to 10,000 Hz")
+    if not segment.shape == label.shape == t.shape:
+        raise ValueError(f"segment {segment.shape} or label {label.shape} of {t.shape} rows")
     good = (np.abs(x) < LARGEST).all(1) & np.isfinite(t)
     require(good.all(), f"{path}, row {good.argmin() + 1}: missing or impossible value; drop it")
     x[:, :3] /= GRAVITY if settings["acc_unit"] == "m/s2" else 1
@@ -262,16 +276,18 @@ def folder(user, names, read, settings):
         print(problem, file=sys.stderr)
     require((np.abs(x[:, 3:]) > 35).sum() <= 0.05 * x[:, 3:].size,
             f"{path}: rotation is often above 35 rad/s: is it --gyro-unit deg/s?")
-    label[np.isin(label, ("-1", "-1.0", "nan"))] = ""
+    label[np.isin(np.char.lower(label), ("-1", "-1.0", "nan"))] = ""
     changes = np.flatnonzero((segment[1:] != segment[:-1]) | (label[1:] != label[:-1])) + 1
     for rows in np.split(np.arange(len(t)), changes):
         yield user, label[rows[0]], [(t[rows], x[rows])]
 
 def read_recording(path):
     """The columns of a .csv, named as the arrays of a .npz, but t (n,) in place of rate."""
-    load = functools.partial(np.loadtxt, path, delimiter=",", quotechar='"', encoding="utf-8-sig")
+    load = functools.partial(np.loadtxt, path, delimiter=",", quotechar='"', comments=None,
+                             encoding="utf-8-sig")
     header = [column.strip().lower() for column in load(dtype=str, max_rows=1)]
-    columns = ["t", "ax", "ay", "az"] + ["gx", "gy", "gz"] * ("gx" in header)
+    gyro = ["gx", "gy", "gz"]
+    columns = ["t", "ax", "ay", "az"] + (gyro if {*gyro} & {*header} else [])
     table = load(skiprows=1, usecols=[header.index(column) for column in columns])
     fields = {"t": table[:, 0], "signal": table[:, 1:]}
     if "label" in header:
@@ -387,7 +403,8 @@ def parts_of(archives, raw, settings):
     if what == "simulated":
         parts = {f"{user:03d}": [] for user in range(settings["users"])}
     if what == "folder":
-        files = [path for path in Path(raw).glob("[!.]*") if path.suffix in (".csv", ".npz")]
+        files = [path for path in Path(raw).glob("[!.]*")
+                 if path.suffix.lower() in (".csv", ".npz")]
         parts = {path.stem: [path] for path in files}
         require(len(parts) == len(files), f"--raw {raw} has a user as .csv and as .npz; keep one")
     for name, file in open_zips(archives).items():

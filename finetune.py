@@ -17,11 +17,11 @@ is kept. Test users are evaluated once, after everything is chosen.
 
     python finetune.py runs/first --data ucihar --mode tune
     python finetune.py runs/first --data wisdm_watch --label-users 1,2,4,8   # few labelled users
-    python finetune.py runs/first --export results/encoder                   # the weights to share
+    python finetune.py runs/first --export runs/encoder                      # the weights to share
 """
 import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")    # before torch: idle threads sleep
-import argparse, copy, hashlib, json
+import argparse, copy, hashlib
 from collections import namedtuple
 from pathlib import Path
 
@@ -32,7 +32,8 @@ from matplotlib.figure import Figure
 from scipy.optimize import minimize
 
 from data import (UserError, command, held_out_users, load, number, people, provenance,
-                  random_rotation, random_stream, replacing, require, windows_at, write_json)
+                  random_rotation, random_stream, read_json, replacing, require, windows_at,
+                  write_json)
 from model import MAE
 from pretrain import choose_device, load_checkpoint, read_config
 
@@ -298,8 +299,8 @@ def parse_flags():
 
 def export(model, config, folder):
     """Write a run folder with the encoder alone: without decoder blocks, which no probe needs."""
-    require(not (folder / "metrics.jsonl").exists(),
-            f"{folder} holds a whole run, which --export would replace: choose another")
+    require(not (folder / "checkpoint.pt").exists(),
+            f"{folder} holds a run or an encoder, which --export would replace: choose another")
     weights = {key: w for key, w in model.state_dict().items() if not key.startswith("decoder.")}
     with replacing(folder / "checkpoint.pt") as temporary, open(temporary, "wb") as file:
         torch.save({"best": weights}, file)
@@ -317,6 +318,7 @@ def main():
     require(pretrained in ("both", a.sensors),
             f"{a.run} was pre-trained with --sensors {pretrained}: give that here, too")
     x = torch.from_numpy(windows_at(prepared, rows, a.sensors))                # (n, C, T)
+    require(x.shape[2] >= trained.patch, f"a window of {a.data} is shorter than a patch of {a.run}")
     y = torch.from_numpy(prepared.labels[rows].astype(np.int64))
     users, names, classes = prepared.users[rows], np.array(meta["users"]), len(meta["classes"])
     folds = user_folds(meta, users, config["trained_on"], a.split == "validation")
@@ -342,7 +344,7 @@ def main():
         spec = {"data": a.data, "mode": a.mode, "patience": a.mode in LEARNING_RATE and a.patience,
                 "input": [hashlib.sha256(weights).hexdigest(), a.sensors, meta["fingerprint"],
                           suffix]}
-        results = {path.stem: json.loads(path.read_text()) for path in folder.glob("[!.]*.json")}
+        results = {path.stem: read_json(path) for path in folder.glob("[!.]*.json")}
         if not spec.items() <= results.get(name, {}).items():                 # else it is done
             encoded = in_batches(encoder, x) if encoded is None else encoded   # (n, F)
             groups = np.arange(len(y)) if suffix.endswith("-window") else users

@@ -27,7 +27,7 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.stats import spearmanr, t as student_t, ttest_1samp
 
-from data import UserError, command, number, provenance, replacing, require, write_json
+from data import UserError, command, number, provenance, read_json, replacing, require, write_json
 
 HUBER = 1e-3                             # residuals above 0.1 % count linearly, not squared
 DATA = ("users", "hours_per_user")
@@ -430,7 +430,7 @@ def downstream(study, score):
         return -spearmanr(rows[study.y], rows[score])[0]
     rows = take(study.table, np.isfinite(study.table[score]))
     within = {size: follows(group) for size, group in grouped(rows, "{params_encoder:.0f}").items()
-              if len(group[score]) > 4}
+              if len({*group[score]}) > 4}
     text = f"Within a size {np.round([*within.values()], 2)}; over all"
     return {"within_size": within, **verdict(f"{score}: higher where the loss is lower", text,
                                              follows, resampled(rows, ""), "correlation")}
@@ -447,7 +447,7 @@ def verdicts_of(study):
     if "curve" in table:
         verdicts["compute_frontier"] = compute_frontier(study)
     return verdicts | {f"downstream_{key[:-9]}": downstream(study, key) for key in table
-                       if key.endswith("_macro_f1") and sum(table[key] >= 0) > 4}
+                       if key.endswith("_macro_f1") and len({*table[key][table[key] >= 0]}) > 4}
 
 # ---------------------------------------------------------------- tables
 def read_csv(path, needed):
@@ -466,22 +466,15 @@ def read_csv(path, needed):
     table = dict(zip(names, np.array(rows).T))
     for name, texts in table.items():
         try:
-            table[name] = texts.astype(float)
+            table[name] = texts if name == "name" and name not in needed else texts.astype(float)
         except ValueError as error:
             require(name not in needed, f"{path}: '{name}' must be a number in each row; {error}")
     for name in sorted(needed):
-        require(name in table, f"{path} has no column '{name}'; it has {', '.join(names)[:200]}")
+        require(name in table, f"{path} has no column '{name}' (name factors by --x); it has "
+                f"{', '.join(names)[:200]}")
         for line, value in enumerate(table[name], 2):
-            require(0 < value < math.inf, f"{path}, line {line}: '{name}' must be above 0")
+            require(0 < value < math.inf, f"{path}, line {line}: '{name}' must be above 0, finite")
     return table
-
-def read_json(path):
-    """The content of a .json file; of a .jsonl file, the list of its lines."""
-    try:
-        text = path.read_text()
-        return json.loads(f"[{','.join(text.splitlines())}]" if path.suffix == ".jsonl" else text)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read ({error}): make it again") from None
 
 def read_cell(cell):
     """Of a finished run: its config, its row of results.csv and its rows of curves.csv."""
@@ -542,7 +535,8 @@ def read_grid(path, needed, a):
         runs = [points[:, curves["name"] == name] for name in names]     # (2, evaluations) each
         if all(run.size for run in runs):
             table["curve"] = np.fromiter(runs, object)
-    group, capped = labels(table, "{users} {cap} {params_encoder}"), table["converged"] == "False"
+    group, capped = (labels(table, "{users} {cap} {params_encoder}"),
+                     np.char.upper(table["converged"]) != "TRUE")        # as spreadsheets write it
     require(a.converged_only or not capped.any(), f"{', '.join(names[capped])} did not converge: "
             "continue them with more --steps, or leave them out by --converged-only")
     small = np.array([table["unexplained"][group == setting].mean() for setting in group]
@@ -610,7 +604,8 @@ def read_law(path):
         shape = Shape(tuple(map(tuple, first["terms"])), True, "delta" in first, first["enough"])
         laws = {kind: [Fit(shape, np.array(theta), *first["scaling"]) for theta in thetas]
                 for kind, thetas in first["thetas"].items()}
-    except (LookupError, TypeError, AttributeError):
+        laws["whole"][0].numbers(), first["range"], first["scatter"]           # what is used later
+    except (LookupError, TypeError, ValueError, AttributeError):
         raise UserError(f"{path} is not a laws.json of this program's version: fit again") from None
     return first, laws, verdicts
 
@@ -653,6 +648,7 @@ def predict(path, cells, out):
     measured = table.get(first["y"])
     if measured is None or measured.dtype != float:
         return write_json(out / "prediction.json", result)
+    require((measured > 0).all(), f"{cells}: '{first['y']}' must be above 0 in all rows or missing")
     inside = np.mean((bands[:, 0] <= measured) & (measured <= bands[:, 1]))
     result |= {**summary(abs(losses / measured - 1)), "inside": inside, "measured": measured}
     print("median error {median_relative_error:.2%}, worst {worst_relative_error:.2%}, "

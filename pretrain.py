@@ -138,7 +138,7 @@ def lock(run):
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"another process works on {run}: let it end") from None
-    for leftover in run.glob(".*.tmp*"):               # left by a process that was killed
+    for leftover in run.glob(".*.[0-9]*.tmp*"):        # left by a process that was killed
         leftover.unlink()
     return handle
 
@@ -316,8 +316,11 @@ def main():
     new = {"step": 0, "seconds": 0.0, "train_loss": 0.0, "history": [], "best": {}}
     start = {**new, **load_checkpoint(run, device)}
     step, seconds, train_loss, history, best = (start[key] for key in new)
-    if (run / "config.json").exists():
+    require(step or not best, f"{run} holds an exported encoder: choose another --out")
+    if step or (run / "config.json").exists():
         check_same_run(run, config, step)
+    if step >= a.steps or has_converged(history, a.patience):            # nothing is left to do
+        config["provenance"] = read_config(run)["provenance"]
     if step:
         print(f"resumes at step {step}")
         model.load_state_dict(start["model"])

@@ -144,14 +144,15 @@ def test_a_folder_of_npz_and_csv_in_any_unit_and_rate():
     t = clock(25, 31.7, 1.7e9)
     labels = np.repeat(["walk", ""], 1250)
     write("own/ann_1.npz", npz(movement(clock(25, 100)), 100, label=labels))
-    write("own/bob_2.csv", csv(t, movement(t - t[0]), label="-1"))
+    write("own/bob_2.CSV", csv(t, movement(t - t[0]), label="-1"))
     mine = prepare("folder", "own", "mine")
     assert mine.meta["users"] == ["ann_1", "bob_2"] and mine.meta["sources"] == ["ann", "bob"]
     assert mine.meta["classes"] == ["walk"] and mine.labels.tolist() == [0, -1, -1, -1]
     for window, start in zip(mine.windows[[0, 2, 3]], [0, 0, 10]):
         assert np.abs(window.T - movement(start + np.arange(200) / 20)).mean(0).max() < 0.02
-    write("other/cy.csv", csv(t, movement(t)[:, :3] * GRAVITY))
-    assert prepare("folder", "other", acc_unit="m/s2").windows.shape == (2, 3, 200)
+    write("other/cy.csv", csv(t, movement(t)[:, :3] * GRAVITY, label="#1 walk"))
+    other = prepare("folder", "other", acc_unit="m/s2")
+    assert other.windows.shape == (2, 3, 200) and other.meta["classes"] == ["#1 walk"]
     refuses("check --acc-unit", prepare, "folder", "own", "wrong", acc_unit="m/s2")
 
 def test_no_window_crosses_a_recording_a_gap_or_a_label_change():
@@ -202,6 +203,7 @@ BAD = {  # what makes a folder unusable: (its files, words of the sentence)
     "milliseconds": ({"u.csv": csv(20 * np.arange(1250), X25)}, "t in seconds?"),
     "missing value": ({"u.npz": npz(np.r_[X25[:7], [[np.nan] * 6], X25[8:]])}, "row 8"),
     "five channels": ({"u.npz": npz(X25[:, :5])}, r"signal \(1250, 5\).* wanted: .*\(n, 6\)"),
+    "labels in a column": ({"u.npz": npz(label=np.full((1250, 1), "x"))}, r"label \(1250, 1\)"),
     "no rate": ({"u.npz": {"signal": X25}}, "rate is not a file"),
     "pickles": ({"u.npz": npz(np.array([{}], object))}, "allow_pickle"),
     "no zip": ({"u.npz": "PK"}, "can't be read"),

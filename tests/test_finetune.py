@@ -210,8 +210,9 @@ def test_an_exported_encoder_is_small_has_the_same_features_and_knows_whom_it_sa
     assert run("finetune.py results/encoder --data pool")[0] == 0
     tested = read(exported / "finetune/pool-probe.json")["test_users"]
     assert {user[:4] for user in tested} == {"blue"}
-    Path("runs/large/metrics.jsonl").touch()           # as a whole run has it
-    refused("finetune.py runs/a --export runs/large", "holds a whole run")
+    refused("finetune.py runs/a --export results/encoder", "holds a run or an encoder")
+    Path("results/encoder/finetune/x-probe.json").write_text("{")
+    refused("finetune.py results/encoder --data pool", "x-probe.json can't be read")
 
 def test_what_cannot_be_used_is_refused_in_a_sentence(run, refused):
     make_run("acc", sensors=1)

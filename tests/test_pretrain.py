@@ -110,11 +110,15 @@ def test_a_flag_that_an_old_run_does_not_name_had_its_default(run, refused):
     assert run(cell)[0] == 0
     config = read("runs/old/config.json")
     del config["flags"]["rotate"]
+    config["provenance"]["commit"] = "an old one"
     data.write_json(Path("runs/old/config.json"), config)
     assert run(cell)[0] == 0
+    assert read("runs/old/result.json")["versions"]["commit"] == "an old one", "it did the work"
     config["flags"]["mlp"] = "swiglu"                  # but a flag of the old code counts
     data.write_json(Path("runs/old/config.json"), config)
     refused(cell, "mlp swiglu -> None")
+    Path("runs/old/config.json").unlink()
+    refused(f"{cell} --seed 5", "config.json is missing")
 
 def test_a_run_ends_by_itself(run):
     assert run(f"{TINY} --users 2 --hours-per-user 0.01 --lr 0.1 --out runs/ends")[0] == 0
