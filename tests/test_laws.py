@@ -398,10 +398,12 @@ def test_every_test_that_the_readme_names_exists():
     for name in re.findall(r"`(test_\w+?)(?:\.\.\.)?`", (ROOT / "README.md").read_text()):
         assert f"def {name}" in tests, name
 
-@pytest.mark.parametrize("page", ["README.md", "results/spread.md", "results/experiment/result.md"])
+@pytest.mark.parametrize("page", ["README.md", "results/spread.md", "results/sensors.md",
+                                  "results/experiment/result.md"])
 def test_every_interval_in_a_page_is_in_a_committed_table(page):
     parts = []
-    for path in [*ROOT.glob("results/**/laws.json"), *ROOT.glob("results/*/prediction.json")]:
+    for path in [*ROOT.glob("results/**/laws.json"), *ROOT.glob("results/*/prediction.json"),
+                 ROOT / "results/sensors.json"]:
         json.loads(path.read_text(), object_hook=parts.append)             # all that is in {}
     known = [(part.get("value", part.get("loss")), part[kind]) for part in parts
              for kind in ("ci95", "ci95_people", "single_run") if part.get(kind)]
