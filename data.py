@@ -87,7 +87,7 @@ def command(main):
     except (UserError, OSError, BrokenExecutor) as error:        # OSError: full disk, no permission
         message, status = error, 2
     except (MemoryError, RuntimeError) as error:   # of numpy, of torch
-        if "memory" not in f"{error!r}".lower():
+        if not re.search("MemoryError|(out of|allocate) memory", repr(error)):
             raise
         message, status = "out of memory: take less data, or a smaller --width or --batch", 2
     except KeyboardInterrupt:
@@ -117,7 +117,7 @@ def read_json(path):
         text = path.read_text()
         return json.loads(f"[{','.join(text.splitlines())}]" if path.suffix == ".jsonl" else text)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read ({error}): make it again") from None
+        raise UserError(f"{path} can't be read ({error}): delete it, make it again") from None
 
 def provenance():
     """What made a result: the git commit (with + if files were changed) and the versions used."""

@@ -10,8 +10,7 @@ From finished runs to a scaling law: its fit, intervals, what it predicts, and w
 The law of a grid is  loss = E + (A users^-a hours_per_user^-b + B params_encoder^-c)^delta.
 Users and hours per user are two ways to get data, so they share a term. Data and parameters are
 coupled: with delta below 1 the scarcer of the two limits (Kaplan et al. 2020, arXiv 2001.08361).
-Exponents, `alpha` in laws.json, are a, b and c times delta: slopes on log axes where nothing else
-limits.
+`alpha` in laws.json is a, b or c times delta: the slope on log axes where nothing else limits.
 The fit is approach 3 of Hoffmann et al. 2022 (2203.15556). results/coverage.md tests it on grids.
 """
 import os
@@ -142,7 +141,7 @@ def fit(table, shape, y, near=None):
             middle[i], half[i] = low[i], math.sqrt(low[i] * high[i])
         fitted = Fit(shape, None, middle, half, math.exp(log_y.mean()))
     problem = fitted.scaled(table), log_y - math.log(fitted.unit), shape
-    bounds = [(0, 10 if shape.floor else 0), *[(-40, 40)] * T,          # 1 - alpha u stays above 0
+    bounds = [(0, 10 if shape.floor else 0), *[(-40, 40)] * T,          # .999: 1 - alpha u above 0
               *[(0, .999 if shape.curve == ("logarithm", x) else 20) for x in shape.x],
               (-3, 1.6) if shape.coupled else (0, 0)]
     for steps in (15, 3000):             # all starts briefly, then the best four to the end
@@ -262,11 +261,11 @@ def candidates(table, terms, a):
     shapes["M1, terms added"] = added
     if grid and DATA in terms:
         hours = replace(added, terms=(("data",), *terms[1:]), enough=1e9)
-        fewer = saturating(table, hours, a.y)
         shapes |= {"M0, only hours in all count": hours,
                    "MA, a term for each factor": replace(added, terms=tuple((x,) for x in added.x)),
-                   "MC, hours of a person count less and less": fewer,
-                   "MC, coupled": replace(fewer, coupled=len(terms) > 1)}
+                   "MC, hours of a person count less and less": saturating(table, hours, a.y),
+                   "MC, coupled": saturating(
+                       table, replace(hours, coupled=len(terms) > 1), a.y)}
     first = [name for name in shapes if name.startswith(a.law or ("" if grid else "M1"))]
     require(first, f"--law {a.law}: name one of {', '.join(shapes)}")
     law = shapes[first[0]]
@@ -331,8 +330,8 @@ def verdict(claim, text, quantity, samples, scale="signed", against="", refuted=
     return {**result, "decision": decision, "text": text}
 
 def power_law(study, x):
-    """Undecided if another curve has a lower AICc or predicts the largest x better; no if both, but
-    any curve fits three settings, and two, of which the third is predicted, leave it open."""
+    """Undecided if another curve has a lower AICc or predicts the largest x better; refuted if
+    both, but never by three settings, which any curve fits."""
     law, refuted = study.law, False
     against = "" if law.alpha(x) > 0 else f"; {study.y} doesn't fall with it"
     for name in (f"logarithm in {x}", f"exponential in {x}"):
@@ -391,7 +390,7 @@ def interaction(study):
     worse = any(predicts_worse(study.law, added, x) for x in study.law.held)
     return verdict("larger models need more data", "What a tenfold model saves in log loss grows, "
                    "per doubling of the hours in all, by", gain, resampled(
-                       take(table, complete), study.y), "signed",
+                       take(table, complete), study.y, len(study.tables) - 1), "signed",
                    "; but uncoupled predicts better" if worse else "")
 
 def capacity(law, plan):
@@ -421,8 +420,9 @@ def compute_frontier(study):
     text = f"Size grows as flops^{size:.2f}; exponent" if several else "Exponent"
     return {**law.numbers(), "size_exponent": size, "points": points, **verdict(
         "the lowest loss is a power law in compute", text,
-        lambda table: frontier_law(frontier(table)).alpha("flops"), resampled(study.shown, ""),
-        "positive")}
+        lambda table: frontier_law(frontier(table)).alpha("flops"), resampled(
+            take(study.shown, np.isin(study.shown["seed"], study.table["seed"])), "",
+            len(study.tables) - 1), "positive")}
 
 def downstream(study, score):
     """Does a benchmark's score follow the loss? Spearman's rank correlation."""
@@ -433,7 +433,8 @@ def downstream(study, score):
               if len({*group[score]}) > 4}
     text = f"Within a size {np.round([*within.values()], 2)}; over all"
     return {"within_size": within, **verdict(f"{score}: higher where the loss is lower", text,
-                                             follows, resampled(rows, ""), "correlation")}
+                                             follows, resampled(rows, "", len(study.tables) - 1),
+                                             "correlation")}
 
 def verdicts_of(study):
     table, shape = study.table, study.law.shape
@@ -790,9 +791,9 @@ def main():
         return predict(a.target, a.predict, a.out or a.target.parent)
     terms = tuple(a.x or TERMS)
     factors = sum(terms, ())
-    require(len(factors) < 5 and len({"", "cap", "used", a.y, *factors}) == len(factors) + 4,
-            "--x takes one to four columns, each in one term only, and not --y (rename cap, used)")
     needed = {*factors, a.y, a.holdout or a.y}
+    require(len({*factors, a.y}) == len(factors) + 1 < 6 and not needed & {"", "cap", "used"},
+            "--x takes one to four columns, each in one term only, and not --y (rename cap, used)")
     path = collect(a.target, a.out) if a.target.is_dir() else a.target
     shown = read_csv(path, needed) if a.x else read_grid(path, needed, a)
     if a.x:                              # other columns have no meaning here

@@ -187,7 +187,7 @@ class MAE(nn.Module):
 
     def features(self, x, sensors=None):
         """Windows (B, C, T), of any length T -> (B, S, G, 2D) of all patches, none masked: what
-        goes into the last block, and what comes out, which alone would suit reconstruction best.
+        goes into the last block, and what comes out, which by itself suits reconstruction only.
 
         sensors: the indices of the sensors of x in the model's sensor embedding; default: all."""
         tokens = patchify(x, self.patch)

@@ -58,8 +58,8 @@ def held_out(prepared, flags, device="cpu"):
 # ---------------------------------------------------------------- optimisers, schedule, average
 def orthogonal(matrices, steps=5):
     """Matrices (M, a, b), a <= b, with rows made nearly orthonormal by Newton-Schulz iteration."""
-    x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)     # Jordan's numbers:
-    for _ in range(steps):
+    x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):                             # with Jordan's numbers
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
         x = torch.baddbmm(x, polynomial, x, beta=3.4445)               # 3.4445 x + polynomial x
@@ -174,8 +174,8 @@ def read_config(run):
     raise UserError(f"{run} is not a run of pretrain.py: config.json is missing or damaged")
 
 def check_same_run(run, config, done):
-    """UserError if another command made `run`. Only --steps may differ, but not below the steps
-    that are done, and --patience, which may be raised."""
+    """UserError if another command made `run`: only --steps may differ, but not be below what is
+    done, and --patience be raised."""
     defaults = vars(build_parser().parse_args([]))     # a flag that an old run doesn't name
     before, now = ({**defaults, **made["flags"], "fingerprint": made["fingerprint"]}
                    for made in (read_config(run), config))
