@@ -286,8 +286,7 @@ def read_recording(path):
     load = functools.partial(np.loadtxt, path, delimiter=",", quotechar='"', comments=None,
                              encoding="utf-8-sig")
     header = [column.strip().lower() for column in load(dtype=str, max_rows=1)]
-    gyro = ["gx", "gy", "gz"]
-    columns = ["t", "ax", "ay", "az"] + (gyro if {*gyro} & {*header} else [])
+    columns = "t ax ay az gx gy gz".split()[:7 if {"gx", "gy", "gz"} & {*header} else 4]
     table = load(skiprows=1, usecols=[header.index(column) for column in columns])
     fields = {"t": table[:, 0], "signal": table[:, 1:]}
     if "label" in header:
@@ -403,8 +402,7 @@ def parts_of(archives, raw, settings):
     if what == "simulated":
         parts = {f"{user:03d}": [] for user in range(settings["users"])}
     if what == "folder":
-        files = [path for path in Path(raw).glob("[!.]*")
-                 if path.suffix.lower() in (".csv", ".npz")]
+        files = [p for p in Path(raw).glob("[!.]*") if p.suffix.lower() in (".csv", ".npz")]
         parts = {path.stem: [path] for path in files}
         require(len(parts) == len(files), f"--raw {raw} has a user as .csv and as .npz; keep one")
     for name, file in open_zips(archives).items():

@@ -300,11 +300,10 @@ def analyse(shown, terms, a):
         fitted.held = {x: hold_out(table, fitted, a.y, x) for x in columns}
     law, *_ = fits.values()
     tables = resampled(table, a.y, a.bootstrap)
-    laws = {"whole": [law]}
+    again = partial(fit, shape=shape, y=a.y, near=law)
     with ProcessPoolExecutor(2) as pool:
-        again = partial(fit, shape=shape, y=a.y, near=law)
-        for kind in list(tables)[1:]:
-            laws[kind] = list(pool.map(again, tables[kind], chunksize=8))
+        laws = {"whole": [law]} | {kind: list(pool.map(again, tables[kind], chunksize=8))
+                                   for kind in tables if kind != "whole"}
     return Study(shown, table, a.y, law, fits, tables, laws)
 
 # ---------------------------------------------------------------- verdicts
@@ -536,8 +535,8 @@ def read_grid(path, needed, a):
         runs = [points[:, curves["name"] == name] for name in names]     # (2, evaluations) each
         if all(run.size for run in runs):
             table["curve"] = np.fromiter(runs, object)
-    group, capped = (labels(table, "{users} {cap} {params_encoder}"),
-                     np.char.upper(table["converged"]) != "TRUE")        # as spreadsheets write it
+    group = labels(table, "{users} {cap} {params_encoder}")
+    capped = np.char.upper(table["converged"]) != "TRUE"       # as spreadsheets write it
     require(a.converged_only or not capped.any(), f"{', '.join(names[capped])} did not converge: "
             "continue them with more --steps, or leave them out by --converged-only")
     small = np.array([table["unexplained"][group == setting].mean() for setting in group]
@@ -559,12 +558,10 @@ def entry(study, name):
 
     alpha, power = ("(alpha/delta)", "^(1/delta)") if shape.coupled else ("alpha", "")
     forms = {x: f"{x}^-{alpha}" for x in shape.x}
-    kind, x = shape.curve or ("", "")
-    if kind == "exponential":
-        forms[x] = f"exp(-{alpha} {x})"
-    if kind == "logarithm":
-        middle = math.exp(law.middle[shape.x.index(x)])
-        forms[x] = f"(1 - alpha log({x} / {middle:.4g})){power}"
+    if shape.curve:
+        x, middle = shape.curve[1], law.middle[shape.x.index(shape.curve[1])]
+        forms[x] = (f"exp(-{alpha} {x})" if "exponential" in shape.curve else
+                    f"(1 - alpha log({x} / {math.exp(middle):.4g})){power}")
     terms = " + ".join(f"A {' '.join(forms[x] for x in term)}" for term in shape.terms)
     form = ("E + " if shape.floor else "") + (f"({terms})^delta" if shape.coupled else terms)
     form += "; data = users / (1/hours_per_user + 1/enough)" if shape.enough else ""

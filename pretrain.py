@@ -242,8 +242,7 @@ def build_parser():
     flag("--weight-decay", type=amount, default=0.05, help="pull of the weights towards zero")
     flag("--tau", type=count, default=500, help="step at which the learning rate begins to fall")
     flag("--decay", type=amount, default=0.5, help="how fast it falls: (1 + step / tau)^-decay")
-    flag("--average", type=amount, default=7, help="gamma of the moving average of the weights: "
-         "if larger, fewer steps count")
+    flag("--average", type=amount, default=7, help="gamma of the averaged weights: larger, shorter")
     flag("--seed", type=number(int, 0), default=0, help="draws users, windows, weights, batches")
     flag("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 if fast")
     flag = p.add_argument_group("machine and output").add_argument

@@ -30,8 +30,7 @@ THREADS=${THREADS:-$((cores > JOBS ? cores / JOBS : 1))}         # of each cell
 
 refuse() { echo "sweep.sh: $1" >&2; exit 2; }
 check() {                                        # name, regular expression, its meaning, words
-    [ $# -gt 3 ] || refuse "$1: give $3"
-    for word in "${@:4}"; do [[ $word =~ ^($2)$ ]] || refuse "$1: '$word' is not $3"; done
+    for word in "${4-}" "${@:5}"; do [[ $word =~ ^($2)$ ]] || refuse "$1: '$word' is not $3"; done
 }
 [ "$*" != --help ] || { sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; exit; }
 [ $# = 0 ] || [ "$*" = --list ] || refuse "'$*' is not --list or --help; --help shows the variables"
