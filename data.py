@@ -1,18 +1,18 @@
 """
 Recordings to windows: every data set, cut in the same way.
 
-    archive, folder or simulation    20-200 Hz, uneven stamps, g or m/s^2, rad/s or deg/s
-      -> recording (n, 6) at 20 Hz   both sensors on one clock, low-passed; g (with gravity), rad/s
-      -> windows (n, C, T)           10 s = 200 samples, no overlap
+    archive, folder or simulation    20-200 Hz, stamps as they came
+      -> stretches (t, x)            rising stamps without a gap; g (with gravity), rad/s
+      -> windows (n, C, T)           20 Hz, sensors on one clock, 10 s = 200 samples, no overlap
       -> data/NAME/                  windows.npy float16, users.npy, labels.npy, meta.json
 
     python data.py                                  # all data sets, and which are prepared
     python data.py wisdm_watch                      # a published archive, downloaded if missing
     python data.py folder --raw my_recordings --name mine
 """
-import argparse, contextlib, fcntl, functools, hashlib, importlib.metadata, io, itertools, json
-import math, multiprocessing, os, re, shutil, signal, subprocess, sys, threading, zipfile, zlib
-from collections import Counter, namedtuple
+import argparse, contextlib, csv, functools, hashlib, importlib.metadata, io, itertools, json, math
+import operator, os, re, subprocess, sys, tempfile, zipfile, zlib
+from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 
@@ -20,18 +20,177 @@ import numpy as np
 import scipy                                       # submodules are imported at first use
 
 RATE, SECONDS = 20, 10                             # Hz, s: a window has 200 samples
-CHANNELS = ["acc_x", "acc_y", "acc_z", "gyro_x", "gyro_y", "gyro_z"]
-SENSORS = {"both": slice(0, 6), "acc": slice(0, 3), "gyro": slice(3, 6)}          # of CHANNELS
-SCALE = np.float32([[0.7]] * 3 + [[1.05]] * 3)     # g, rad/s: the model's input is divided by it
+GAP = 0.5                                          # s without a new reading: a stretch ends
+LARGEST = 200                                      # in any unit of SENSORS: no sensor gives it
 GRAVITY, DEGREE = 9.80665, np.pi / 180             # m/s^2 in 1 g, rad in 1 degree
-GAP = 0.5                                          # s: a longer gap ends a stretch
-LARGEST = 1e4                                      # a larger reading is an error
-FILE_LIMIT, ZIP_LIMIT = 64 << 20, 1 << 30          # bytes: the most a file, a zip may unpack to
+
+# A sensor has three axes. columns: in a csv. units: factors to its unit. scale: a model's input is
+# divided by it. rest: the norm of its axes at rest, from, to. usual: nine norms in ten are below.
+Sensor = namedtuple("Sensor", "columns unit units scale rest usual")
+SENSORS = {
+    "acc": Sensor(["ax", "ay", "az"], "g", {"g": 1, "m/s2": 1 / GRAVITY}, 0.7, (0.5, 1.5), 8),
+    "gyro": Sensor(["gx", "gy", "gz"], "rad/s", {"rad/s": 1, "deg/s": DEGREE}, 1.05, (0, 0.2), 35),
+}
+SENSOR_CHOICES = ["both", *SENSORS]
+CHANNELS = [f"{name}_{axis}" for name in SENSORS for axis in "xyz"]
+SCALE = np.float32([[sensor.scale] for sensor in SENSORS.values() for _ in "xyz"])     # (C, 1)
+
+# ---------------------------------------------------------------- stamps to a clock
+def mean_step(t):
+    """Seconds a row of stamps t (n,): the mean over lags of 256 rows, of those near their median,
+    so that a gap, a leap, a step back, or rows that come in bursts, don't count."""
+    lag = max(1, min(256, len(t) // 4))
+    lags = t[lag:] - t[:-lag]
+    typical = np.median(lags)
+    return np.mean(lags[np.abs(lags - typical) <= abs(typical) / 2]) / lag
+
+def in_order(t):
+    """The rows (n,) of stamps t (n,) in order of time, if that is unambiguous: sorting leaves fewer
+    than half as many rows too close. Else as they stand: the clock was set back, or restarted."""
+    steps, order = np.diff(t), np.argsort(t, kind="stable")
+    close = 0.6 * np.median(np.abs(steps[steps != 0])) if steps.any() else 0
+    mends = np.sum(np.diff(t[order]) < close) < np.sum(steps < close) / 2
+    return order if mends else np.arange(len(t))
+
+def clock(t):
+    """Stamps t (n,) -> times (n,), seconds a row, were they spread evenly, and why each row is
+    dropped ("": it isn't). Stamps that come in bursts, or were rounded, are spread by a mean over
+    10 s."""
+    t, steps, step = t.copy(), np.diff(t), mean_step(t)
+    if step <= 0:
+        step = np.ptp(t) / len(t)
+    burst = steps < min(step / 4, 0.004)           # no body sensor takes rows so fast
+    uneven = burst.mean() > 0.05
+    pause = np.median(steps[~burst]) if uneven else 0                          # between bursts
+    why = np.full(len(t), "", object)
+    why[1:][(steps == 0) & ~uneven] = "stamps that repeat"
+    ends = np.flatnonzero((steps < -pause) | (steps > max(GAP, 2 * pause))) + 1
+    for rows in np.split(np.arange(len(t)), ends):
+        width = min(round(SECONDS / step), len(rows) - 1) // 2 * 2 + 1
+        if len(rows) * step < GAP:
+            why[rows] = "stretches of less than 0.5 s"
+        elif uneven and width > 1:
+            t[rows] = scipy.signal.savgol_filter(t[rows], width, 1)
+            pace = np.diff(t[rows])
+            if pace.max() > 1.5 * pace.min():
+                why[rows] = f"stamps of no steady rate (about {1 / step:.0f} rows a second)"
+    return t, step, uneven, why
+
+def stretches(t, x, first):
+    """Stamps t (n,) in s and readings x (n, C), of SENSORS from the number `first` on ->
+    [(t, x), ...] whose stamps rise without a gap, seconds a row, and the account (see `cut`) with
+    the seconds that were recorded."""
+    known = np.flatnonzero(np.isfinite(t))
+    if len(known) < 2 or np.ptp(t[known]) == 0:
+        return [], 0, Counter({name: len(t) / RATE for name in ("recorded", "no stamps")})
+    t = np.interp(np.arange(len(t)), known, t[known])
+    order = in_order(t)
+    t, step, uneven, why = clock(t[order])
+    x = x[order]
+    why[(why == "") & no_reading(x, first, step)] = "no reading"
+    kept = np.flatnonzero(why == "")
+    steps = np.diff(t[kept])
+    parts = np.split(kept, np.flatnonzero((steps <= 0) | (steps > GAP)) + 1) if len(kept) else []
+    for rows in parts:
+        inside = why[rows[0]:rows[-1]]             # a view
+        inside[inside != ""] = "mended: bridged over " + inside[inside != ""]
+    account = Counter({reason: n * step for reason, n in Counter(why[why != ""]).items()})
+    account["recorded"] = left_out(account) + sum(t[rows[-1]] - t[rows[0]] + step for rows in parts)
+    account["mended: stamps in bursts, or rounded, spread evenly"] = uneven * len(t) * step
+    account["mended: rows out of order, sorted"] = np.any(np.diff(order) < 0) * len(t) * step
+    return [(t[rows], x[rows]) for rows in parts], step, account
+
+def left_out(account):
+    return sum(n for reason, n in account.items() if not reason.startswith("mended"))
+
+# ---------------------------------------------------------------- a clock to windows
+def resample(t, x, start, n):
+    """The signal x (rows, columns) with stamps t (s) at n ticks of the 20 Hz clock from `start`:
+    interpolated to an even grid of 80 Hz or more, low-passed without phase shift, decimated."""
+    steps = np.diff(t)
+    typical = np.median(steps)
+    even = len(t) > 3 and 0.5 * typical < steps.min() and steps.max() < 1.5 * typical
+    k = max(4, math.ceil(len(steps) / (t[-1] - t[0]) / RATE - 1e-6))   # ticks of it in one of 20 Hz
+    grid = np.clip(start + np.arange((n - 1) * k + 1) / (RATE * k), t[0], t[-1])
+    spline = scipy.interpolate.make_interp_spline(t, x, k=3 if even else 1)  # a cubic overshoots
+    low_pass = scipy.signal.firwin(RATE * k + 1, 9, fs=RATE * k, window=("kaiser", 5.65))    # 60 dB
+    return scipy.signal.resample_poly(spline(grid), 1, k, window=low_pass, padtype="antireflect")
+
+def cut(recordings, length):
+    """Recordings (user, label, streams), a stream (t, x) for each clock -> windows (n, C, length),
+    a row for each (user, label, is it the first of its stretch), and the account, a Counter of
+    seconds by reason: recorded = in windows + left out; what begins with "mended" was kept.
+    A float in place of the streams is seconds for the account."""
+    windows, rows, account = [np.empty((0, 0, length), np.float16)], [], Counter()
+    for user, label, streams in recordings:
+        if isinstance(streams, float):
+            account[label] += streams
+            continue
+        found, steps, own = zip(*[stretches(*stream, i) for i, stream in enumerate(streams)])
+        own = functools.reduce(operator.or_, own)              # of two clocks, the larger number
+        recorded, whole = own.pop("recorded", 0), 0
+        for pair in itertools.product(*found):
+            start, end = max(t[0] for t, _ in pair), min(t[-1] for t, _ in pair)
+            span = max(0, end - start + max(steps))
+            n = max(0, math.floor((end - start) * RATE + 1e-6) + 1)
+            if n >= length:
+                x = np.hstack([resample(t, x, start, n) for t, x in pair])           # (n, C)
+                x = x[:n // length * length].reshape(n // length, length, -1)
+                x = x.transpose(0, 2, 1).astype(np.float16) + np.float16(0)          # -0 -> 0:
+                windows.append(x)                  # its sign would depend on the processor
+                rows += [(user, label, i == 0) for i in range(len(x))]
+                whole += len(x) * length / RATE
+                own["ends of stretches"] += max(0, span - len(x) * length / RATE)
+            else:
+                own["stretches shorter than a window"] += span
+        own["one sensor without the other"] = max(0, recorded - whole - left_out(own))
+        account += own
+    return np.concatenate(windows[len(rows) > 0:]), rows, account
+
+# ---------------------------------------------------------------- who is held out, who is drawn
+def held_out_users(meta):
+    """The users that no model is trained on, whatever the seed: 20 % of each source's, at least 2,
+    by a hash. Two halves, lists of user indices: each chooses the step at which the other is
+    scored (pretrain.cross_fitted)."""
+    half_a, half_b = [], []
+    for source in sorted(set(meta["sources"])):
+        ranked = sorted((hashlib.sha256(f"{source}/{name}".encode()).hexdigest(), user)
+                        for user, (other, name) in enumerate(people(meta)) if other == source)
+        held_out = [user for _, user in ranked[:max(2, len(ranked) // 5)]]
+        half_a, half_b = half_a + held_out[::2], half_b + held_out[1::2]
+    return half_a, half_b
+
+def held_out_windows(prepared, users, most=64):
+    """Rows (n,) of the windows that are evaluated: at most `most` of each user, evenly spread."""
+    rows = [np.flatnonzero(prepared.users == user) for user in users]
+    even = [np.linspace(0, n - 1, min(most, n)).astype(int) for n in map(len, rows)]
+    return np.concatenate([user_rows[chosen] for user_rows, chosen in zip(rows, even)])
+
+def training_users(meta, seed):
+    """Users that aren't held out, in the seeded random order a grid takes them, sources in turn."""
+    held_out, rng = set(sum(held_out_users(meta), [])), random_stream(seed, "training users")
+    queues = [rng.permutation([user for user, other in enumerate(meta["sources"])
+                               if other == source and user not in held_out]).tolist()
+              for source in sorted(set(meta["sources"]))]
+    require(any(queues), f"{meta['name']}: all are held out (at least 2 per source): add users")
+    turns = itertools.zip_longest(*[queues[i] for i in rng.permutation(len(queues))])
+    return [user for turn in turns for user in turn if user is not None]
+
+def draw_windows(prepared, users, hours_per_user, seed):
+    """Rows (n,) of the windows that a grid cell trains on: at most `hours_per_user` (None: all) of
+    each user, in a random order of the user's own, so that fewer hours are a subset of more."""
+    most = hours_per_user and max(1, round(hours_per_user * 3600 / prepared.meta["seconds"]))
+    rows = [random_stream(seed, "windows of user", int(user)).permutation(
+        np.flatnonzero(prepared.users == user))[:most] for user in users]
+    return np.sort(np.concatenate(rows))
+
+# ---- from here on: files, flags, figures
 
 # ---------------------------------------------------------------- the table of sources
-# members: pattern of the files to read; group 1 is the part, usually a user. archives: URLs, or
-# file names where no URL is stable. classes: label i is classes[i]; (): as named in the files.
-Source = namedtuple("Source", "text members archives classes length", defaults=("", (), (), 200))
+# members: pattern of the files to read, with the part, usually a user. archives: URLs, or file
+# names where no URL is stable. classes: label i is classes[i]; (): as named in the files.
+Source = namedtuple("Source", "text members archives classes seconds test_users rate",
+                    defaults=("", (), (), SECONDS, (), None))
 UCI = "https://archive.ics.uci.edu/static/public/"
 UCIHAR = "WALKING", "WALKING_UPSTAIRS", "WALKING_DOWNSTAIRS", "SITTING", "STANDING", "LAYING"
 WISDM = ("walking jogging stairs sitting standing typing teeth soup chips pasta drinking sandwich "
@@ -42,23 +201,34 @@ MOTIONSENSE = "https://github.com/mmalekzadeh/motion-sense/raw/master/data/A_Dev
 SOURCES = {
     "simulated": Source("a simulated population"),
     "folder": Source("own recordings: a folder with one .npz or .csv per user"),
-    "ucihar": Source("UCI HAR (Anguita 2013): 30 users, phone at the waist, 50 Hz, 2.56 s",
-                     r"/(train|test)/.*\.txt$",
-                     (UCI + "240/human+activity+recognition+using+smartphones.zip",), UCIHAR, 51),
-    "wisdm_phone": Source("WISDM (Weiss 2019): 51 users, phone in the pocket, 20 Hz",
-                          r"raw/phone/\w+/data_(\d+)_\w+\.txt$", (WISDM_ZIP,), WISDM),
-    "wisdm_watch": Source("WISDM (Weiss 2019): 51 users, watch on the wrist, 20 Hz",
-                          r"raw/watch/\w+/data_(\d+)_\w+\.txt$", (WISDM_ZIP,), WISDM),
-    "extrasensory": Source("ExtraSensory (Vaizman 2017): 60 users, phone in free living, 40 Hz",
-                           r"([^/]+)/\d+\.m_(?:raw_acc|proc_gyro)\.dat$",
-                           (EXTRASENSORY + "raw_acc.zip", EXTRASENSORY + "proc_gyro.zip")),
-    "motionsense": Source("MotionSense (Malekzadeh 2019): 24 users, phone in the pocket, 50 Hz",
-                          r"^A.*/[a-z]+_\d+/sub_(\d+)\.csv$", (MOTIONSENSE,)),
-    "sisfall": Source("SisFall (Sucerquia 2017): 38 users, waist, 200 Hz, with falls",
-                      r"/(S[AE]\d+)/[DF]\d+_S[AE]\d+_R\d+\.txt$", ("SisFall_dataset.zip",)),
-    "uschad": Source("USC-HAD (Zhang 2012): 14 users, hip, 100 Hz",
-                     r"/Subject(\d+)/a\d+t\d+\.mat$", ("https://sipi.usc.edu/had/USC-HAD.zip",)),
+    "ucihar": Source(
+        "UCI HAR (Anguita 2013): 30 users, phone at the waist, 50 Hz, 2.56 s",
+        r"/(?P<part>train|test)/.*\.txt$",
+        (UCI + "240/human+activity+recognition+using+smartphones.zip",), UCIHAR, 2.55,
+        "2 4 9 10 12 13 18 20 24".split()),
+    "wisdm_phone": Source(
+        "WISDM (Weiss 2019): 51 users, phone in the pocket, 20 Hz",
+        r"raw/phone/\w+/data_(?P<part>\d+)_\w+\.txt$", (WISDM_ZIP,), WISDM),
+    "wisdm_watch": Source(
+        "WISDM (Weiss 2019): 51 users, watch on the wrist, 20 Hz",
+        r"raw/watch/\w+/data_(?P<part>\d+)_\w+\.txt$", (WISDM_ZIP,), WISDM),
+    "extrasensory": Source(
+        "ExtraSensory (Vaizman 2017): 60 users, phone in free living, 40 Hz",
+        r"(?P<part>[^/]+)/\d+\.m_(?:raw_acc|proc_gyro)\.dat$",
+        (EXTRASENSORY + "raw_acc.zip", EXTRASENSORY + "proc_gyro.zip")),
+    "motionsense": Source(
+        "MotionSense (Malekzadeh 2019): 24 users, phone in the pocket, 50 Hz",
+        r"^A.*/(?P<label>[a-z]+)_\d+/sub_(?P<part>\d+)\.csv$", (MOTIONSENSE,), rate=50),
+    "sisfall": Source(
+        "SisFall (Sucerquia 2017): 38 users, waist, 200 Hz, with falls",
+        r"(?P<part>S[AE]\d+)/(?P<label>[DF]\d+)_S[AE]\d+_R\d+\.txt$",
+        ("SisFall_dataset.zip",), rate=200),
+    "uschad": Source(
+        "USC-HAD (Zhang 2012): 14 users, hip, 100 Hz",
+        r"Subject(?P<part>\d+)/(?P<label>a\d+)t\d+\.mat$",
+        ("https://sipi.usc.edu/had/USC-HAD.zip",), rate=100),
 }
+OWN = (".csv", ".npz")                             # the endings of own recordings
 
 # ---------------------------------------------------------------- what all commands share
 class UserError(Exception):
@@ -130,168 +300,184 @@ def random_stream(*key):
     """A random generator for each use, by name: random_stream(seed, "masks", step)."""
     return np.random.default_rng([zlib.crc32(str(part).encode()) for part in key])
 
-# ---------------------------------------------------------------- stamps to a clock, to windows
-def unbroken(t, x):
-    """Drop invalid rows of t (n,), x (n, 3), cut at gaps above GAP s: stretches [(t, x), ...]."""
-    kept = np.flatnonzero(np.isfinite(t) & (np.abs(x) < LARGEST).all(1))
-    steps = np.diff(t[kept], prepend=-np.inf, append=np.inf)
-    kept = kept[(steps[:-1] < GAP) | (steps[1:] > 0)]  # a stamp that leaps ahead, then back, errs
-    kept = kept[np.diff(np.maximum.accumulate(t[kept]), prepend=-np.inf) > 0]    # stamps rise
-    steps, dropped = np.diff(t[kept]), np.diff(kept) - 1
-    typical = np.median(steps) if len(steps) else 0
-    cuts = np.flatnonzero((steps > GAP) | (dropped * typical > GAP)) + 1     # many dropped: a gap
-    return [(t[rows], x[rows]) for rows in np.split(kept, cuts) if len(rows) > 1]
-
-def resample(t, x, start, n):
-    """The signal x (rows, columns) with stamps t (s) at n ticks of the 20 Hz clock from `start`:
-    interpolated to an even grid of 80 Hz or more, low-passed without phase shift, decimated."""
-    steps = np.diff(t)
-    typical = np.median(steps)
-    even = len(t) > 3 and 0.5 * typical < steps.min() and steps.max() < 1.5 * typical
-    k = max(4, math.ceil(len(steps) / (t[-1] - t[0]) / RATE - 1e-6))   # ticks of it in one of 20 Hz
-    grid = np.clip(start + np.arange((n - 1) * k + 1) / (RATE * k), t[0], t[-1])
-    spline = scipy.interpolate.make_interp_spline(t, x, k=3 if even else 1)  # a cubic overshoots
-    low_pass = scipy.signal.firwin(RATE * k + 1, 9, fs=RATE * k, window=("kaiser", 5.65))    # 60 dB
-    return scipy.signal.resample_poly(spline(grid), 1, k, window=low_pass, padtype="antireflect")
-
-def cut(recordings, length):
-    """Recordings (user, label, streams) to windows (n, C, length), the user and label of each, and
-    what was left out. streams: a (t, x) for each clock, or a sentence why there is none."""
-    windows, rows, left_out = [], [], Counter()
-    for user, label, streams in recordings:
-        if isinstance(streams, str):
-            left_out[streams] += 1
-            continue
-        before = len(rows)
-        for pair in itertools.product(*(unbroken(t, x) for t, x in streams)):
-            start, end = max(t[0] for t, _ in pair), min(t[-1] for t, _ in pair)
-            n = math.floor((end - start) * RATE + 1e-6) + 1
-            if n >= length:
-                x = np.hstack([resample(t, x, start, n) for t, x in pair])           # (n, C)
-                x = x[:n // length * length].reshape(n // length, length, -1)
-                x = x.transpose(0, 2, 1).astype(np.float16) + np.float16(0)          # -0 -> 0:
-                windows.append(x)                  # its sign would depend on the processor
-                rows += [(user, label or "")] * len(x)
-        left_out["recordings shorter than a window, once cut at gaps"] += len(rows) == before
-    windows = np.concatenate(windows) if windows else np.empty((0, 0, length), np.float16)
-    return windows, rows, +left_out
+# ---------------------------------------------------------------- what can't be motion
+def no_reading(x, first, step):
+    """(n,): rows of x (n, C) that can't be motion: no number, or more than a sensor gives; three
+    equal axes of all sensors, not at rest (0, 0, 0 g; -999); one row for longer than GAP."""
+    new = np.r_[True, (x[1:] != x[:-1]).any(1)]
+    run = np.cumsum(new) - 1
+    asleep = ~new & (np.bincount(run)[run] * step > GAP)
+    axes = x.reshape(len(x), -1, 3)                # (n, sensors, 3)
+    size, equal = np.linalg.norm(axes, axis=2), (axes == axes[:, :, :1]).all((1, 2))
+    low, high = [*SENSORS.values()][first].rest
+    restless = (size[:, 0] < low) | (size[:, 0] > high)
+    return asleep | equal & restless | ~(size < LARGEST).all(1)
 
 # ---------------------------------------------------------------- a parser for each format
 # A new corpus is a row of SOURCES and a parser, named as the row is up to its first _: of a part,
 # its file names, a function from file name to bytes, and the settings, to (user, label, streams).
+# Where a file is a recording at a steady rate, the row has the rate, and the parser is one of
+# bytes to readings (n, 6).
 def numbers(text, columns):
-    """Bytes -> numbers (rows, columns); separators are blanks, commas and semicolons."""
-    values = text.replace(b",", b" ").replace(b";", b" ").split()
-    return np.fromiter(map(float, values), float).reshape(-1, columns)
+    """Bytes -> numbers (lines, columns), separated by blanks, commas or semicolons. Any other line
+    is nan: it keeps its place, and counts as no reading."""
+    rows = []
+    for line in text.replace(b",", b" ").replace(b";", b" ").splitlines():
+        try:
+            row = [float(value) for value in line.split()]
+        except ValueError:
+            row = [math.nan]
+        if row:
+            rows.append(row if len(row) == columns else [math.nan] * columns)
+    return np.array(rows).reshape(-1, columns)
 
 def ucihar(split, names, read, settings):
     """Each published window is a recording of 128 samples at 50 Hz, in g and rad/s."""
-    def table(what, columns=1):
-        folder = names[0].partition(f"/{split}/")[0]
+    folder = names[0].partition(f"/{split}/")[0]
+    def table(what, columns):
         return numbers(read(f"{folder}/{split}/{what}_{split}.txt"), columns)
-    users, labels = table("subject").astype(int).ravel(), table("y").astype(int).ravel()
+    def whole(what, most):
+        values = table(what, 1).ravel()
+        bad = ~np.isin(values, np.arange(1, most + 1))
+        require(not bad.any(), f"{what}_{split}.txt, row {bad.argmax() + 1}: not from 1 to {most}")
+        return values.astype(int)
+    users, labels = whole("subject", 30), whole("y", 6)
     signals = [table(f"Inertial Signals/{sensor}_{axis}", 128)
                for sensor in ("total_acc", "body_gyro") for axis in "xyz"]
     for user, label, *window in zip(users, labels, *signals, strict=True):
         if user <= (settings["limit_users"] or user):
-            yield str(user), UCIHAR[label - 1], [(np.arange(128) / 50, np.stack(window, axis=1))]
+            yield str(user), UCIHAR[label - 1], steady(np.stack(window, axis=1), 50)
 
 def wisdm(user, names, read, settings):
     """A file for each sensor, lines `user,activity,ns,x,y,z;`, m/s^2, rad/s; the clocks differ."""
     sensors = []
-    for name in sorted(names):                     # accel, then gyro
-        text = read(name)
-        activity = np.array(re.findall(rb",([A-S]),", text)).astype(str)
-        table = numbers(re.sub(rb",[A-S],", b",", text), 5)
-        rows = np.argsort(table[:, 1], kind="stable")
-        unit = GRAVITY if "/accel/" in name else 1
-        sensors.append((activity[rows], table[rows, 1] / 1e9, table[rows, 2:] / unit))
-    for letter, label in zip("ABCDEFGHIJKLMOPQRS", WISDM):
-        streams = [(t[activity == letter], x[activity == letter])
-                   for activity, t, x in sensors if letter in activity]
-        yield user, label, streams if len(streams) == 2 else "activities that a sensor lacks"
+    for sensor, unit in ("/accel/", GRAVITY), ("/gyro/", 1):
+        text = b"".join(read(name) for name in names if sensor in name)
+        for code, letter in enumerate(b"ABCDEFGHIJKLMOPQRS"):
+            text = text.replace(b",%c," % letter, b",%d," % code)
+        table = numbers(text, 6)
+        readable = np.arange(len(table)) * np.isfinite(table[:, 1])
+        activity = table[np.maximum.accumulate(readable), 1]           # else: of the line before
+        sensors.append((activity, table[:, 2] / 1e9, table[:, 3:] / unit))
+    for code, label in enumerate(WISDM):
+        yield user, label, [(t[activity == code], x[activity == code])
+                            for activity, t, x in sensors]
 
 def extrasensory(user, names, read, settings):
     """A file for each sensor and minute, lines `clock_s x y z`; acceleration in g or in m/s^2."""
     for name in sorted({name.replace("proc_gyro", "raw_acc") for name in names}):
-        try:
-            acc = numbers(read(name), 4)
-            gyro = numbers(read(name.replace("raw_acc", "proc_gyro")), 4)
-        except (KeyError, ValueError):             # no such file, or it holds only "nan"
-            yield user, None, "recordings that a sensor lacks"
-            continue
-        norm = np.nanmedian(np.linalg.norm(acc[:, 1:], axis=1))
-        unit = 1 if 0.7 <= norm <= 1.5 else GRAVITY if 6 <= norm <= 15 else None
-        streams = [(acc[:, 0], acc[:, 1:] / (unit or 1)), (gyro[:, 0], gyro[:, 1:])]
-        yield user, None, streams if unit else "recordings neither in g nor in m/s^2"
+        acc, gyro = (numbers(read(one) if one in names else b"", 4)
+                     for one in (name, name.replace("raw_acc", "proc_gyro")))
+        norms = np.linalg.norm(acc[:, 1:], axis=1)
+        norm = np.median(np.r_[norms[np.isfinite(norms)], 0])         # nearly
+        unit = 1 if 0.7 <= norm <= 1.5 else GRAVITY if 6 <= norm <= 15 else math.nan   # no reading
+        yield user, "", [(acc[:, 0], acc[:, 1:] / unit), (gyro[:, 0], gyro[:, 1:])]
 
-def motionsense(user, names, read, settings):
-    """50 Hz; columns: index, attitude (3), gravity (3), rad/s (3), user acceleration (3); g."""
-    for name in names:
-        table = numbers(read(name).partition(b"\n")[2], 13)
-        x = np.hstack([table[:, 4:7] + table[:, 10:13], table[:, 7:10]])
-        activity = name.split("/")[-2].split("_")[0]
-        yield f"motionsense_{user}", activity, [(np.arange(len(x)) / 50, x)]
+def steady(x, rate):
+    return [(np.arange(len(x)) / rate, x)]
 
-def sisfall(user, names, read, settings):
-    """200 Hz, nine integers a line: acceleration (32 g in 13 bits), rotation (4000 deg/s in 16)."""
+def files_of(user, names, read, settings):
+    """Recordings that are a file each, at a steady rate."""
+    what = settings["source"]
     for name in names:
-        lines = [line for line in read(name).splitlines() if line.count(b",") == 8]  # some are cut
-        x = numbers(b"\n".join(lines), 9)[:, :6]
-        x *= [32 / 2**13] * 3 + [4000 / 2**16 * DEGREE] * 3
-        activity = name.split("/")[-1].split("_")[0]
-        yield f"sisfall_{user}", activity, [(np.arange(len(x)) / 200, x)]
+        label = re.search(SOURCES[what].members, name)["label"]
+        yield f"{what}_{user}", label, steady(globals()[what](read(name)), SOURCES[what].rate)
 
-def uschad(user, names, read, settings):
-    """100 Hz, MATLAB files, g and deg/s."""
-    for name in names:
-        x = scipy.io.loadmat(io.BytesIO(read(name)))["sensor_readings"] * ([1] * 3 + [DEGREE] * 3)
-        activity = name.split("/")[-1].split("t")[0]
-        yield f"uschad_{user}", activity, [(np.arange(len(x)) / 100, x)]
+def motionsense(content):
+    """Columns: index, attitude (3), gravity (3), rad/s (3), user acceleration (3); g."""
+    table = numbers(content.partition(b"\n")[2], 13)
+    return np.hstack([table[:, 4:7] + table[:, 10:13], table[:, 7:10]])
+
+def sisfall(content):
+    """Nine integers a line: acceleration (32 g in 13 bits), rotation (4000 deg/s in 16)."""
+    return numbers(content, 9)[:, :6] * ([32 / 2**13] * 3 + [4000 / 2**16 * DEGREE] * 3)
+
+def uschad(content):
+    """MATLAB files, g and deg/s."""
+    return scipy.io.loadmat(io.BytesIO(content))["sensor_readings"] * ([1] * 3 + [DEGREE] * 3)
+
+# ---------------------------------------------------------------- own recordings
+TIME_UNITS = {"s": 1, "ms": 1e-3, "us": 1e-6, "ns": 1e-9, "minutes": 60}
+NO_LABEL = "-1,none,na,n/a,nan,null,unknown,undefined,unlabelled,unlabeled,no label,-,?".split(",")
 
 def folder(user, names, read, settings):
-    """A .npz with signal (n, 6) or (n, 3), rate (5 to 10,000 Hz) and, if you like, segment, label
+    """A .npz with signal (n, 6) or (n, 3), rate (5 to 900 Hz) and, if you like, segment and label
     (n,); or a .csv with the columns t,ax,ay,az[,gx,gy,gz][,label], t in seconds."""
     path = names[0]
-    if zipped := path.suffix.lower() == ".npz":
-        open_zips((path,))                         # refuses a file that unpacks to too much
-    fields = np.load(path) if zipped else read_recording(path)
+    fields = np.load(path) if path.suffix.lower() == ".npz" else read_csv(path)
     x = fields["signal"].astype(float)
     t = fields["t"] if "t" in fields else np.arange(len(x)) / fields["rate"].item()
     segment = fields.get("segment", np.zeros(len(x)))
-    label = np.char.strip(fields.get("label", np.full(len(x), "")).astype(str))
-    if x.shape[1:] not in ((3,), (6,)) or not (
-            5 <= round(1 / np.nanmedian(np.diff(t)), 2) <= 10_000):
-        raise ValueError(f"signal {x.shape}, or a rate that isn't 5 to 10,000 Hz")
-    if not segment.shape == label.shape == t.shape:
-        raise ValueError(f"segment {segment.shape} or label {label.shape} of {t.shape} rows")
-    good = (np.abs(x) < LARGEST).all(1) & np.isfinite(t)
-    require(good.all(), f"{path}, row {good.argmin() + 1}: missing or impossible value; drop it")
-    x[:, :3] /= GRAVITY if settings["acc_unit"] == "m/s2" else 1
-    x[:, 3:] *= DEGREE if settings["gyro_unit"] == "deg/s" else 1
-    g = np.median(np.linalg.norm(x[:, :3], axis=1))
-    problem = f"{path}: acceleration is {g:.2g} g, gravity is 1 g: check --acc-unit"
-    require(g < 4 and (g > 0.25 or settings["acc_unit"] == "g"), problem)
-    if not 0.5 < g < 2:                            # perhaps gravity was subtracted
-        print(problem, file=sys.stderr)
-    require((np.abs(x[:, 3:]) > 35).sum() <= 0.05 * x[:, 3:].size,
-            f"{path}: rotation is often above 35 rad/s: is it --gyro-unit deg/s?")
-    label[np.isin(np.char.lower(label), ("-1", "-1.0", "nan"))] = ""
-    changes = np.flatnonzero((segment[1:] != segment[:-1]) | (label[1:] != label[:-1])) + 1
-    for rows in np.split(np.arange(len(t)), changes):
-        yield user, label[rows[0]], [(t[rows], x[rows])]
+    label = fields.get("label", np.full(len(x), "")).astype(str)
+    sensors = range(3, len(CHANNELS) + 1, 3)
+    if x.shape[1] not in sensors or not segment.shape == label.shape == t.shape:
+        raise ValueError(f"signal {x.shape}, segment {segment.shape}, label {label.shape}")
+    x = in_units(path, x, settings)
+    rows = in_order(t)
+    step = mean_step(t[rows])
+    unit = [unit for unit, second in TIME_UNITS.items() if 0.0011 < step * second < 0.201]
+    require(unit, f"{path}: t grows by {step:.3g} a row, in none of {[*TIME_UNITS]} 5 to 900 Hz")
+    second = TIME_UNITS[unit[0]]
+    spelled = one_spelling(label)
+    mended = {f"t read as {unit[0]}": len(t) * (second != 1),
+              "rows out of order, sorted": len(t) * (np.diff(rows) < 0).any(),
+              "other spellings of a label": np.sum((spelled != label) & (spelled != ""))}
+    for what, n in mended.items():
+        yield user, f"mended: {what}", float(n * step * second)
+    ends = (segment[rows][1:] != segment[rows][:-1]) | (spelled[rows][1:] != spelled[rows][:-1])
+    for rows in np.split(rows, np.flatnonzero(ends) + 1):
+        yield user, spelled[rows[0]], [(t[rows] * second, x[rows])]
 
-def read_recording(path):
-    """The columns of a .csv, named as the arrays of a .npz, but t (n,) in place of rate."""
-    load = functools.partial(np.loadtxt, path, delimiter=",", quotechar='"', comments=None,
-                             encoding="utf-8-sig")
-    header = [column.strip().lower() for column in load(dtype=str, max_rows=1)]
-    columns = "t ax ay az gx gy gz".split()[:7 if {"gx", "gy", "gz"} & {*header} else 4]
-    table = load(skiprows=1, usecols=[header.index(column) for column in columns])
-    fields = {"t": table[:, 0], "signal": table[:, 1:]}
-    if "label" in header:
-        fields["label"] = load(dtype=str, skiprows=1, usecols=header.index("label"))
-    return fields
+def read_csv(path):
+    """The columns of a .csv, named as the arrays of a .npz, but t (n,) in place of rate. UserError
+    for a row with too many or too few fields, or without t. Other columns are left alone."""
+    text = path.read_text("utf-8-sig").splitlines()
+    reader = csv.reader(text, delimiter=max(";\t,", key=text[0].count))
+    header = [column.strip().lower() for column in next(reader)]
+    sensors = [sensor.columns for sensor in SENSORS.values() if {*sensor.columns} & {*header}]
+    columns = [header.index(column) for column in ["t", *sum(sensors or [["ax"]], [])]]
+    table, labels = [], []
+    for row in reader:
+        if not any(map(str.strip, row)):
+            continue
+        values = [value_of(row[column]) for column in columns] if len(row) == len(header) else []
+        require(values and values[0] == values[0], f"{path}, row {reader.line_num}: {len(row)} "
+                f"fields for {len(header)} of the header, or no number or date as t")
+        table.append(np.array(values))
+        labels.append(row[header.index("label")] if "label" in header else "")
+    table = np.array(table)
+    return {"t": table[:, 0], "signal": table[:, 1:], "label": np.array(labels)}
+
+def value_of(text):
+    """A number, with a decimal comma or point, or a date in s; nan for any other text."""
+    text = text.strip().replace(",", ".")
+    for parse in (float, lambda date: np.datetime64(date.rstrip("Z"), "ns").astype(float) / 1e9):
+        with contextlib.suppress(ValueError):
+            return parse(text)
+    return math.nan
+
+def one_spelling(label):
+    """Labels (n,) in lower case, with single blanks, and 1 for 1.0; "" for what says that there is
+    none, among words also 0."""
+    words, number = np.unique(label, return_inverse=True)
+    plain = [re.sub(r"^(-?\d+)\.0*$", r"\1", " ".join(word.lower().split())) for word in words]
+    none = NO_LABEL + ["0"] * any(re.search(r"[^\W\d_]", word) for word in {*plain} - {*NO_LABEL})
+    return np.array(["" if word in none else word for word in plain])[number]
+
+def in_units(path, x, settings):
+    """Readings x (n, C) to g and rad/s. UserError if they weren't in the unit that was given."""
+    x, full = x.reshape(len(x), -1, 3), np.isfinite(x).all(1)
+    require(full.mean() > 0.5, f"{path}: most rows lack a sensor: join the sensors' rows by time")
+    for i, (name, sensor) in enumerate([*SENSORS.items()][:x.shape[1]]):
+        unit = settings[f"{name}_unit"]
+        x[:, i] *= sensor.units[unit]
+        axes = x[full, i]
+        size = np.linalg.norm(axes, axis=1) * (np.ptp(axes, axis=1) > 0)       # -999 is no reading
+        low, high = np.quantile(size, [0.5, 0.9])
+        require(high < sensor.usual and (low >= sensor.rest[0] / 2 or unit == sensor.unit),
+                f"{path}: {name} is {low:.2g} {sensor.unit} in the middle; at rest it is "
+                f"{' to '.join(map(str, sensor.rest))} (with gravity): check --{name}-unit")
+    return x.reshape(len(x), -1)
 
 # ---------------------------------------------------------------- a simulated population
 ACTIVITIES = {  # lean, roll (rad), strides (x the person's), push (g), turn, fidget (rad), share
@@ -359,25 +545,23 @@ def download(url, path):
     require("://" in url, f"{path} is missing and has no stable URL: download it by hand")
     print(f"fetching {url}", file=sys.stderr)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part, problem = path.with_name(path.name + ".part"), "the server sent no zip file"
+    part = path.with_name(path.name + ".part")
     retry = urllib3.Retry(4, backoff_factor=0.3, status_forcelist=[429, 500, 502, 503, 504])
     session = requests.Session()
     session.mount(url.split("//")[0] + "//", requests.adapters.HTTPAdapter(max_retries=retry))
-    for attempt in range(3):
-        with open(part, "ab") as file:
-            headers = {"Accept-Encoding": "identity", "Range": f"bytes={file.tell()}-"}
-            try:
-                response = session.get(url, headers=headers, stream=True, timeout=60)
-                if response.status_code in (200, 416):           # no resuming: start again
-                    file.truncate(0)
-                response.raise_for_status()
-                for block in response.iter_content(1 << 16):
-                    file.write(block)
-            except requests.RequestException as error:
-                problem = error
-        if zipfile.is_zipfile(part):
-            return os.replace(part, path)
-    raise UserError(f"{url}: {problem}; run it again to resume, or download it by hand to {path}")
+    with open(part, "ab") as file:
+        headers = {"Accept-Encoding": "identity", "Range": f"bytes={file.tell()}-"}
+        try:
+            response = session.get(url, headers=headers, stream=True, timeout=60)
+            if response.status_code in (200, 416):               # no resuming: start again
+                file.truncate(0)
+            response.raise_for_status()
+            for block in response.iter_content(1 << 16):
+                file.write(block)
+        except requests.RequestException as error:
+            raise UserError(f"{url}: {error}; run it again, or download it by hand") from None
+    require(zipfile.is_zipfile(part), f"{url} sent no zip file: download it by hand to {path}")
+    os.replace(part, path)
 
 @functools.lru_cache(maxsize=1)
 def open_zips(paths):
@@ -386,14 +570,11 @@ def open_zips(paths):
     for path in paths:
         try:
             outer = zipfile.ZipFile(path)
-            inner = [info for info in outer.infolist() if info.filename.endswith(".zip")]
-            require(sum(info.file_size for info in inner) <= ZIP_LIMIT, "a zip in it is too large")
-            zips = [outer, *(zipfile.ZipFile(io.BytesIO(outer.read(info))) for info in inner)]
-            size = sum(info.file_size for z in zips for info in z.infolist())
-            require(size <= max(ZIP_LIMIT, 200 * os.stat(path).st_size), "it unpacks to too much")
+            inner = [name for name in outer.namelist() if name.endswith(".zip")]
+            zips = [outer, *(zipfile.ZipFile(io.BytesIO(outer.read(name))) for name in inner)]
         except Exception as error:
             raise UserError(f"{path} can't be read as a zip ({error}): replace the file") from None
-        files |= {name: z for z in zips for name in z.namelist()}
+        files |= {name: file for file in zips for name in file.namelist()}
     return files
 
 def parts_of(archives, raw, settings):
@@ -402,115 +583,145 @@ def parts_of(archives, raw, settings):
     if what == "simulated":
         parts = {f"{user:03d}": [] for user in range(settings["users"])}
     if what == "folder":
-        files = [p for p in Path(raw).glob("[!.]*") if p.suffix.lower() in (".csv", ".npz")]
+        files = [path for path in Path(raw).glob("[!.]*") if path.suffix.lower() in OWN]
         parts = {path.stem: [path] for path in files}
         require(len(parts) == len(files), f"--raw {raw} has a user as .csv and as .npz; keep one")
-    for name, file in open_zips(archives).items():
+    for name in open_zips(archives):
         if match := re.search(SOURCES[what].members, name):
-            require(file.getinfo(name).file_size <= FILE_LIMIT, f"{name} is too big; replace it")
-            parts.setdefault(match[1].zfill(2), []).append(name)
-    require(parts, f"--raw {raw} holds nothing that can be read as {SOURCES[what].text}: check it")
+            parts.setdefault(match["part"].zfill(2), []).append(name)
     open_zips.cache_clear()                        # each process opens the archives for itself
+    require(parts, f"--raw {raw} holds nothing that can be read as {SOURCES[what].text}: check it")
     return dict(sorted(parts.items())[:limit if what != "ucihar" else None])   # (train and test)
 
 def read_part(archives, settings, part, names):
     """Read and cut one part, in a process of its own."""
-    what, files = settings["source"], open_zips(archives)
-    parser = globals()[what.split("_")[0]]
+    source, files, opened = SOURCES[settings["source"]], open_zips(archives), [part, *names[:1]]
+    parser = files_of if source.rate else globals()[settings["source"].split("_")[0]]
+    def read(name):
+        opened.append(name)
+        return files[name].read(name)
     try:
-        recordings = parser(part, names, lambda name: files[name].read(name), settings)
-        return cut(recordings, SOURCES[what].length)
+        return cut(parser(part, names, read, settings), round(source.seconds * RATE))
     except UserError:
         raise
     except Exception as error:
         wanted = " ".join(parser.__doc__.split())
-        raise UserError(f"{part} of {what} can't be read ({error}); wanted: {wanted}") from None
+        raise UserError(f"{opened[-1]} can't be read ({error}); wanted: {wanted}") from None
 
-def start_process():
-    """In a new process: leave Ctrl-C to the parent, and end when the parent ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-def write_set(name, settings, raw, out):
-    """Fetch the archives, read their parts in parallel, append the windows to a file one by one."""
-    import scipy.interpolate, scipy.signal         # once, before the processes are forked
-    what, source = settings["source"], SOURCES[settings["source"]]
+def read_all(settings, raw):
+    """Fetch the archives, read their parts in parallel: windows (n, C, T), rows, the account."""
+    source = SOURCES[settings["source"]]
     archives = tuple(Path(raw) / url.split("/")[-1] for url in source.archives)
     for path, url in zip(archives, source.archives):
         if not path.is_file():
             download(url, path)
-    parts = parts_of(archives, raw, settings)
+    parts, account = parts_of(archives, raw, settings), Counter()
+    windows, rows, empty = [], [], []
     read = functools.partial(read_part, archives, settings)
-    rows, channels, left_out, test_users = [], set(), Counter(), None
-    with (open(out / "windows.npy", "wb") as file,
-          ProcessPoolExecutor(min(8, os.cpu_count()), initializer=start_process) as pool):
-        file.write(bytes(128))                     # room for the header
-        for part, (windows, part_rows, why) in zip(parts, pool.map(read, parts, parts.values())):
-            require(part_rows or what != "folder", f"{part} is too short: drop it (t in seconds?)")
-            file.write(windows.tobytes())
-            rows += part_rows
-            left_out += why
-            if part_rows:
-                channels.add(windows.shape[1])
-            if (what, part) == ("ucihar", "test"):
-                test_users = list(dict(part_rows))
-            print(f"{part}: {len(windows)} windows", file=sys.stderr)
-        require(rows, f"{what} has no {source.length / RATE} s window: {dict(left_out)}; add data")
-        require(len(channels) == 1, "some users have both sensors, some have one; keep them apart")
-        shape = (len(rows), *channels, source.length)
-        header = {"descr": "<f2", "fortran_order": False, "shape": shape}
-        file.seek(0)
-        np.lib.format.write_array_header_1_0(file, header)
-    names = sorted(dict(rows), key=int) if what == "ucihar" else list(dict(rows))
-    classes = list(source.classes) or sorted({label for _, label in rows} - {""})
-    users = np.array([names.index(user) for user, _ in rows])
-    labels = np.array([classes.index(label) if label else -1 for _, label in rows])
-    np.save(out / "users.npy", users)
-    np.save(out / "labels.npy", labels)
-    own = {"folder": Path(raw).resolve().name, "simulated": f"simulated-{settings.get('seed')}"}
+    import scipy.interpolate, scipy.signal         # once, before the processes are forked
+    with ProcessPoolExecutor() as pool:
+        for part, (own, own_rows, seconds) in zip(parts, pool.map(read, parts, parts.values())):
+            said = "; ".join([f"{part}: {len(own)} windows", *lines(seconds)])
+            print(said, file=sys.stderr)
+            rows += own_rows
+            account += Counter({why: round(float(n), 2) for why, n in seconds.items()})
+            if len(own):
+                windows.append(own)
+            else:
+                empty.append(said)
+    require(windows and not (empty and settings["source"] == "folder"),
+            f"no {source.seconds} s of motion in a stretch, drop: {', '.join(empty)}")
+    require(len({own.shape[1] for own in windows}) == 1,
+            "some users have both sensors, some have one; keep them apart")
+    return np.concatenate(windows), rows, account
+
+def lines(account):
+    return [f"{reason} {seconds:.2f} s" for reason, seconds in account.items() if seconds >= 0.01]
+
+def write_set(name, settings, raw, out):
+    """The files of a prepared set, in the folder `out`."""
+    what, source = settings["source"], SOURCES[settings["source"]]
+    windows, rows, account = read_all(settings, raw)
+    users, labels, first = zip(*rows)
+    names = sorted({*users}, key=int) if what == "ucihar" else list(dict.fromkeys(users))
+    classes = list(source.classes) or sorted({*labels} - {""})
+    codes = {"": -1} | {label: i for i, label in enumerate(classes)}
+    arrays = {"windows": windows, "users": np.array([names.index(user) for user in users]),
+              "labels": np.array([codes[label] for label in labels])}
+    for part, array in arrays.items():
+        np.save(out / f"{part}.npy", array)
+    firsts = [windows[np.array(first) & (arrays["users"] == user)][:64]
+              for user in range(len(names))]
+    own = {"folder": name, "simulated": f"simulated-{settings.get('seed')}"}
     sources = [own.get(what, what.split("_")[0])] * len(names)   # WISDM's sets: the same people
-    if all(name.find("_") > 0 for name in names):
-        sources = [name.split("_")[0] for name in names]
+    if all(user.find("_") > 0 for user in names):
+        sources = [user.split("_")[0] for user in names]
+    if settings.get("own_source"):
+        sources = [settings["own_source"]] * len(names)
     write_json(out / "meta.json", {
-        "name": name, "rate": RATE, "seconds": source.length / RATE,
-        "channels": CHANNELS[:shape[1]], "users": names, "sources": sources, "classes": classes,
-        "windows": len(rows), "hours": len(rows) * source.length / RATE / 3600,
-        "left_out": left_out, "origin": "; ".join([source.text, *source.archives]),
-        "test_users": test_users, "settings": settings, "provenance": provenance(),
-        "fingerprint": fingerprint(np.load(out / "windows.npy", mmap_mode="r"), users, labels)})
+        "name": name, "rate": RATE, "seconds": source.seconds,
+        "channels": CHANNELS[:windows.shape[1]], "users": names, "sources": sources,
+        "classes": classes, "windows": len(rows), "hours": len(rows) * source.seconds / 3600,
+        "left_out": {why: n for why, n in account.items() if not why.startswith("mended")},
+        "mended": {why: n for why, n in account.items() if why.startswith("mended")},
+        "remarks": remarks(names, windows, arrays["users"]) + folder_remarks(what, names, raw),
+        "origin": "; ".join([source.text, *source.archives]),
+        "test_users": [user for user in names if user in source.test_users] or None,
+        "checksums": [[hashlib.sha256(x).hexdigest()[:12] for x in own] for own in firsts],
+        "settings": settings, "provenance": provenance(), "fingerprint": fingerprint(**arrays)})
+
+def remarks(names, windows, users):
+    """What to look at before anyone trains: sentences."""
+    found = defaultdict(list)
+    for user, name in enumerate(names):
+        x = windows[users == user].astype(np.float32)                          # (n, C, T)
+        moves = x.std(2) / SCALE[:x.shape[1], 0]
+        for channel in np.flatnonzero(moves.max(0) < 1e-3):
+            found[f"{CHANNELS[channel]} never moves: was it on?"].append(name)
+        if np.sqrt(np.mean(moves ** 2)) < 0.05:
+            found["hardly moves: was it worn?"].append(name)
+        if np.median(np.linalg.norm(x[:, :3].mean(2), axis=1)) < 0.5:
+            found["gravity is missing, which encoders expect"].append(name)
+    return [f"{what}: {', '.join(who)}" for what, who in found.items()]
+
+def folder_remarks(what, names, raw):
+    """Of own recordings: files that aren't read, and names that look like sessions of a person."""
+    if what != "folder":
+        return []
+    others = [path.name for path in Path(raw).glob("[!.]*") if path.suffix.lower() not in OWN]
+    said = [f"not read, no .csv or .npz: {', '.join(sorted(others))}"] if others else []
+    stems = Counter(re.split(r"[-_. ]|(?<=\d)(?=[a-zA-Z])", name)[0] for name in names)
+    few = max(stems.values()) < 8 or re.search(r"\d", "".join(stems))     # else sources, with users
+    if len(stems) > 1 and min(stems.values()) > 1 and few:
+        said.append(f"{len(stems)} sources with {max(stems.values())} users each, by the names of "
+                    f"the files ({', '.join([*stems][:9])}). If these are sessions of a person, "
+                    "make them one file (t may start again), or they are trained on and tested")
+    return said
 
 def prepare(name, settings, raw, force=False):
     """Make data/NAME/ unless it has the same settings; an old set stays until the new is whole."""
-    target, work, old = (Path("data") / part for part in (name, f".{name}.partial", f".{name}.old"))
+    target = Path("data") / name
     if settings["source"] == "folder":
         files = parts_of((), raw, settings).items()
         settings["recordings"] = {user: zlib.crc32(path.read_bytes()) for user, [path] in files}
+    require(not target.exists() or (target / "meta.json").is_file(),
+            f"{target} is no data set and is left as it is: delete it or give another --name")
+    if target.exists() and not force:
+        made = load_one(name).meta["settings"]
+        differ = [key for key in made | settings if made.get(key) != settings.get(key)]
+        require(not differ, f"{target} differs in {', '.join(differ)}: give --name or --force")
+        return print("prepared already:", describe(name))
     target.parent.mkdir(exist_ok=True)
-    with open("data/.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)           # a second process waits, then finds it prepared
-        if old.exists() and not target.exists():   # killed between the two renames below
-            os.rename(old, target)
-        shutil.rmtree(old, ignore_errors=True)
-        require(not target.exists() or (target / "meta.json").is_file(),
-                f"{target} is no data set and is left as it is: delete it or give another --name")
-        if target.exists() and not force:
-            made = load_one(name).meta["settings"]
-            differ = [key for key in made | settings if made.get(key) != settings.get(key)]
-            require(not differ, f"{target} differs in {', '.join(differ)}: give --name or --force")
-            return print("prepared already:", describe(name))
-        try:
-            work.mkdir(exist_ok=True)
-            write_set(name, settings, raw, work)
-            if target.exists():
-                os.rename(target, old)
-            os.rename(work, target)
-            shutil.rmtree(old, ignore_errors=True)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir="data") as work:
+        made = Path(work) / "made"
+        made.mkdir()
+        write_set(name, settings, raw, made)
+        if target.exists():
+            target.rename(Path(work) / "replaced")
+        made.rename(target)
     print(describe(name))
 
-# ---------------------------------------------------------------- load, hold out, draw, scale
+# ---------------------------------------------------------------- load, pool, scale
 Prepared = namedtuple("Prepared", "windows users labels meta")   # (n, C, T), (n,), (n,), a dict
 
 def load(name, root="data"):
@@ -524,13 +735,14 @@ def load(name, root="data"):
     classes = sorted({label for part in sets for label in part.meta["classes"]})
     everyone, users, labels = [], [], []
     for part in sets:
+        twice = [part.meta["users"][user] for user in known(part.meta, everyone)]
+        require(not twice, f"{name}: a person is in two sets: {', '.join(twice)}; drop one set")
         users.append(part.users + len(everyone))
-        everyone += people(part.meta)
+        everyone += identities(part.meta, range(len(part.meta["users"])))
         codes = np.array([*map(classes.index, part.meta["classes"]), -1])
         labels.append(codes[part.labels])                                      # -1 stays
-    require(len(set(everyone)) == len(everyone), f"{name}: a person is in two sets; drop 1")
     windows, users, labels = map(np.concatenate, ([part.windows for part in sets], users, labels))
-    meta["sources"], meta["users"] = map(list, zip(*everyone))
+    meta["sources"], meta["users"], meta["checksums"] = map(list, zip(*everyone))
     return Prepared(windows, users, labels, meta | {
         "name": name, "classes": classes, "test_users": None, "windows": len(windows),
         "fingerprint": fingerprint(windows, users, labels)})
@@ -542,7 +754,8 @@ def load_one(name, root="data"):
         meta = json.loads((folder / "meta.json").read_text())
         arrays = [np.load(folder / f"{part}.npy", mmap_mode="r") for part in Prepared._fields[:3]]
         if fingerprint(*arrays) == meta["fingerprint"]:
-            return Prepared(*arrays, meta)
+            unknown = {"checksums": [[]] * len(meta["users"]), "mended": {}, "remarks": []}
+            return Prepared(*arrays, unknown | meta)                           # of an older set
     raise UserError(f"{folder} is damaged or was changed; prepare the set again with --force")
 
 def fingerprint(windows, users, labels):
@@ -558,62 +771,44 @@ def people(meta, users=None):
     everyone = list(zip(meta["sources"], meta["users"]))
     return everyone if users is None else [everyone[user] for user in users]
 
-def held_out_users(meta):
-    """The users that no model is trained on, whatever the seed: 20 % of each source's, at least 2,
-    by a hash. Two halves, lists of user indices: each chooses the step at which the other is
-    scored (pretrain.cross_fitted)."""
-    half_a, half_b = [], []
-    for source in sorted(set(meta["sources"])):
-        ranked = sorted((hashlib.sha256(f"{source}/{name}".encode()).hexdigest(), user)
-                        for user, (other, name) in enumerate(people(meta)) if other == source)
-        held_out = [user for _, user in ranked[:max(2, len(ranked) // 5)]]
-        half_a, half_b = half_a + held_out[::2], half_b + held_out[1::2]
-    return half_a, half_b
+def identities(meta, users):
+    """The same with the checksums of their recordings: [[source, name, [checksum, ...]], ...]."""
+    return [[*who, meta["checksums"][user]] for user, who in zip(users, people(meta, users))]
 
-def held_out_windows(prepared, users, most=64):
-    """Rows (n,) of the windows that are evaluated: at most `most` of each user, evenly spread."""
-    rows = [np.flatnonzero(prepared.users == user) for user in users]
-    even = [np.linspace(0, n - 1, min(most, n)).astype(int) for n in map(len, rows)]
-    return np.concatenate([user_rows[chosen] for user_rows, chosen in zip(rows, even)])
-
-def training_users(meta, seed):
-    """Users that aren't held out, in the seeded random order a grid takes them, sources in turn."""
-    held_out, rng = set(sum(held_out_users(meta), [])), random_stream(seed, "training users")
-    queues = [rng.permutation([user for user, other in enumerate(meta["sources"])
-                               if other == source and user not in held_out]).tolist()
-              for source in sorted(set(meta["sources"]))]
-    require(any(queues), f"{meta['name']}: all are held out (at least 2 per source): add users")
-    turns = itertools.zip_longest(*[queues[i] for i in rng.permutation(len(queues))])
-    return [user for turn in turns for user in turn if user is not None]
-
-def draw_windows(prepared, users, hours_per_user, seed):
-    """Rows (n,) of the windows that a grid cell trains on: at most `hours_per_user` (None: all) of
-    each user, in a random order of the user's own, so that fewer hours are a subset of more."""
-    most = hours_per_user and max(1, round(hours_per_user * 3600 / prepared.meta["seconds"]))
-    rows = [random_stream(seed, "windows of user", int(user)).permutation(
-        np.flatnonzero(prepared.users == user))[:most] for user in users]
-    return np.sort(np.concatenate(rows))
+def known(meta, trained_on):
+    """The users who are among `trained_on` (of `identities`; older runs have no checksums), by
+    source and name, or by one of their recordings."""
+    names = {(source, name) for source, name, *_ in trained_on}
+    recordings = {one for _, _, *checksums in trained_on for own in checksums for one in own}
+    return [user for user, who in enumerate(people(meta))
+            if who in names or recordings & {*meta["checksums"][user]}]
 
 def windows_at(prepared, rows, sensors):
-    """The windows `rows` as a model reads them, (n, C, T) float32, divided by SCALE: of "both",
-    "acc" or "gyro". UserError if the set lacks that sensor."""
-    chosen, channels = SENSORS[sensors], prepared.meta["channels"]
-    require(chosen.stop <= len(channels), f"--sensors {sensors}: the set has only {channels}")
+    """The windows `rows` as a model reads them, (n, C, T) float32, divided by SCALE: of "both"
+    (all sensors) or of one. UserError if the set lacks it."""
+    channels = prepared.meta["channels"]
+    chosen = [i for i, name in enumerate(channels) if sensors in ("both", name[:-2])]
+    require(len(chosen) >= (6 if sensors == "both" else 3),
+            f"--sensors {sensors}: the set has only {channels}")
     return prepared.windows[rows][:, chosen].astype(np.float32) / SCALE[chosen]
 
 def random_rotation(x, angle, rng):
-    """Windows x (n, C, T), both sensors rotated alike, about a random axis by about `angle` rad."""
+    """Windows x (n, C, T), all sensors rotated alike, about a random axis by about `angle` rad."""
     vectors = angle * rng.standard_normal((len(x), 3))
     matrices = scipy.spatial.transform.Rotation.from_rotvec(vectors).as_matrix().astype(x.dtype)
     return (matrices[:, None] @ x.reshape(len(x), -1, 3, x.shape[2])).reshape(x.shape)
 
 # ---------------------------------------------------------------- overview, plot, the command line
 def describe(name):
-    """A prepared set in a line, and what was left out of it."""
-    meta = load_one(name).meta
+    """A prepared set in a line; then its classes, its account, and what to look at."""
+    _, _, labels, meta = load_one(name)
     size = f"{len(meta['users'])} users, {meta['hours']:.2f} hours, {meta['windows']} windows"
-    left_out = [f"left out: {n} {reason}" for reason, n in meta["left_out"].items()]
-    return "; ".join([f"{name}: {size}, {len(meta['classes'])} classes", meta["origin"], *left_out])
+    counts = np.bincount(labels + 1, minlength=len(meta["classes"]) + 1)
+    classes = [f"{label} {n}" for label, n in zip(["no label", *meta["classes"]], counts) if n]
+    left_out = [f"left out: {reason}" for reason in lines(meta["left_out"])]
+    return "\n  ".join([f"{name}: {size}, {len(meta['classes'])} classes; {meta['origin']}",
+                        f"windows of each class: {', '.join(classes)}",
+                        *left_out, *lines(meta["mended"]), *meta["remarks"]])
 
 def plot(name):
     """Draw three windows of each class, one after another."""
@@ -624,9 +819,12 @@ def plot(name):
     for row, label in enumerate(kinds, start=1):
         chosen = random_stream("plot", label).choice(np.flatnonzero(labels == label), 3)
         x = np.hstack(windows[chosen]).T           # (3 T, C)
-        plt.subplot(len(kinds), 1, row, title=[*meta["classes"], "no label"][label])
-        plt.plot(np.arange(len(x)) / meta["rate"], x, lw=0.8, label=meta["channels"])
-    plt.legend(ncols=6, fontsize=7, title="g, rad/s")
+        title = [*meta["classes"], "no label"][label]
+        plt.subplot(len(kinds), 1, row).set_title(title, parse_math=False)
+        curves = plt.plot(np.arange(len(x)) / meta["rate"], x, lw=0.8)
+    plt.xlabel("s")
+    units = [f"{channel} ({SENSORS[channel[:-2]].unit})" for channel in meta["channels"]]
+    plt.figlegend(curves, units, loc="outside right upper")
     with replacing(Path("data") / name / "plot.png") as temporary:
         plt.savefig(temporary, dpi=90)
     print(f"data/{name}/plot.png shows {3 * len(kinds)} windows")
@@ -635,34 +833,38 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag, count = parser.add_argument, number(int, 1)
-    flag("source", nargs="?", choices=[*SOURCES, "plot"], help="what to prepare; without: a list")
+    flag("what", nargs="?", choices=[*SOURCES, "plot"], help="what to prepare; without: a list")
     flag("which", nargs="?", default="", help="with plot: the prepared set to draw")
     flag("--raw", default="data/raw", help="folder of the archives or the recordings")
     flag("--name", help="prepare it as data/NAME/; without it, under the name of the source")
     flag("--limit-users", type=count, metavar="N", help="only the first N users, for a quick look")
     flag("--force", action="store_true", help="replace a set that is prepared already")
+    own = {"simulated": ["users", "hours_per_user", "spread", "seed"], "folder": ["own_source"]}
     flag("--users", type=count, default=40, help="simulated: number of people")
     flag("--hours-per-user", type=number(float, 1e-3, 1e4), default=0.5,
          help="simulated: hours of each person")
     flag("--spread", type=number(float, 0, 1e4), default=1.0,
          help="simulated: how people differ; 0: clones")
     flag("--seed", type=int, default=0, help="simulated: another seed, other people")
-    flag("--acc-unit", choices=("g", "m/s2"), default="g", help="folder: unit of acceleration")
-    flag("--gyro-unit", choices=("rad/s", "deg/s"), default="rad/s", help="folder: gyroscope")
+    flag("--source", dest="own_source", help="folder: which people these are; without it, what "
+         "stands before the first _ of the files' names, if all have one, or the name of the set")
+    for sensor, entry in SENSORS.items():
+        flag(f"--{sensor}-unit", choices=[*entry.units], default=entry.unit,
+             help="folder: its unit in the files")
+        own["folder"].append(f"{sensor}_unit")
     a = parser.parse_args()
-    if a.source == "plot":
+    if a.what == "plot":
         return plot(a.which)
-    if a.source is None:
+    if a.what is None:
         made = {path.parent.name for path in Path("data").glob("[!.]*/meta.json")}
         for name in sorted(made | set(SOURCES)):
-            print(describe(name) if name in made else f"{name} (not prepared) {SOURCES[name].text}")
+            print(describe(name).split("\n")[0] if name in made else
+                  f"{name} (not prepared) {SOURCES[name].text}")
         return
-    own = {"simulated": ["users", "hours_per_user", "spread", "seed"],
-           "folder": ["acc_unit", "gyro_unit"]}.get(a.source, [])
-    settings = {key: getattr(a, key) for key in ["source", *own, "limit_users"]}
-    name = a.name or a.source
+    settings = {key: getattr(a, key) for key in [*own.get(a.what, []), "limit_users"]}
+    name = a.name or a.what
     require(re.fullmatch(r"[A-Za-z0-9][\w.-]*", name), f"--name {name}: use letters, digits, _.-")
-    prepare(name, settings, a.raw, a.force)
+    prepare(name, {"source": a.what, **settings}, a.raw, a.force)
 
 if __name__ == "__main__":
     command(main)

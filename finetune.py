@@ -16,30 +16,27 @@ the penalty of a probe (which is then fitted to all training users) and the epoc
 is kept. Test users are evaluated once, after everything is chosen.
 
     python finetune.py runs/first --data ucihar --mode tune
-    python finetune.py runs/first --data wisdm_watch --label-users 1,2,4,8   # few labelled users
-    python finetune.py runs/first --export runs/encoder                      # the weights to share
+    python finetune.py runs/pool/* --data wisdm_watch                 # a probe of each run
+    python finetune.py runs/first --export runs/encoder               # the weights to share
 """
 import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")    # before torch: idle threads sleep
-import argparse, copy, hashlib
+import copy, functools, hashlib, sys
 from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
-from matplotlib.figure import Figure
-from scipy.optimize import minimize
 
-from data import (UserError, command, held_out_users, load, number, people, provenance,
-                  random_rotation, random_stream, read_json, replacing, require, windows_at,
-                  write_json)
+from data import (SENSOR_CHOICES, SENSORS, UserError, command, held_out_users, known, load, number,
+                  provenance, random_rotation, random_stream, read_json, replacing, require,
+                  windows_at, write_json)
 from model import MAE
-from pretrain import choose_device, load_checkpoint, read_config
+from pretrain import build_parser, choose_device, load_checkpoint, read_config
 
 PENALTIES = [3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4]            # L2, strongest first
-LEARNING_RATE = {"tune": 3e-4, "scratch": 1e-3}
-COLOURS = {"probe": "#0072B2", "tune": "#009E73", "scratch": "#D55E00", "random": "#777777"}
+LEARNING_RATE = {"tune": 3e-4, "scratch": 1e-3}             # of the modes that train a network
 Probe = namedtuple("Probe", "weights mean sd l2")      # weights (F + 1, K), mean and sd (F,)
 
 # ---------------------------------------------------------------- who trains and who is tested
@@ -48,43 +45,25 @@ def split_rows(rows, groups, chosen):
     inside = np.isin(groups[rows], chosen)
     return rows[~inside], rows[inside]
 
-def five_folds(rows, users, tested, name):
-    """[(train, test), ...]: the rows split 5 times; each of the users `tested` is in one test."""
-    order = random_stream(name).permutation(np.intersect1d(users[rows], tested))
-    return [split_rows(rows, users, order[k::5]) for k in range(min(5, len(order)))]
+def five_folds(rows, groups, tested, name):
+    """[(train, test), ...]: the rows split 5 times; each group of `tested` is in one test."""
+    order = random_stream(name).permutation(np.intersect1d(groups[rows], tested))
+    return [split_rows(rows, groups, order[k::5]) for k in range(min(5, len(order)))]
 
-def user_folds(meta, users, trained_on, validation=False):
+def user_folds(meta, users, trained_on):
     """Windows for training and for testing: [(train, test), ...], indices into users (n,). No user
     is on both sides of a fold, or tested twice, or tested if the encoder was `trained_on` them.
 
-    Tested are the official test users of a set that has them; the set's held-out users if the
-    encoder was trained on others of it; else all users, in 5 folds. With `validation` they
-    aren't touched: the training users are split in 5 folds. UserError if nobody is left."""
-    everyone, rows = np.arange(len(meta["users"])), np.arange(len(users))
-    seen = [u for u, person in enumerate(people(meta)) if list(person) in trained_on]
-    official = [u for u in everyone if meta["users"][u] in (meta["test_users"] or [])]
-    held_out = np.setdiff1d(sum(held_out_users(meta), []), seen)
-    folds = five_folds(rows, users, everyone, "folds")
+    Tested are the official test users of a set that has them. Else, if the encoder was trained on
+    others of the set: its held-out users, or, if they were among those, all who weren't. Else all
+    users, in 5 folds."""
+    rows, seen = np.arange(len(users)), known(meta, trained_on)
+    official = [u for u, name in enumerate(meta["users"]) if name in (meta["test_users"] or [])]
+    unseen = set(range(len(meta["users"]))) - set(seen)
+    held_out = unseen & set(sum(held_out_users(meta), []))
     if official or seen:
-        folds = [split_rows(rows, users, official or held_out)]
-    if validation:
-        unseen = np.setdiff1d(everyone, seen)
-        folds = five_folds(folds[0][0], users, unseen, "validation folds")
-    require(not set(official) & set(seen) and folds and all(map(len, sum(folds, ()))),
-            f"{meta['name']} has too few users to test: this run was pre-trained on "
-            f"{len(seen)} of {len(everyone)}; take another set or run")
-    return folds
-
-def few_users(folds, users, count):
-    """Folds with only `count` of their training users, who are among those of a larger count; a
-    single fold is drawn 5 times."""
-    few = []
-    for k, (train, test) in enumerate(folds * (5 if len(folds) == 1 else 1)):
-        order = random_stream("label users", k).permutation(np.unique(users[train]))
-        require(count <= len(order), f"--label-users {count} is more than the {len(order)} "
-                "training users of a fold: take fewer")
-        few.append((split_rows(train, users, order[:count])[1], test))
-    return few
+        return [split_rows(rows, users, official or sorted(held_out or unseen))]
+    return five_folds(rows, users, users, "folds")
 
 def split_validation(train, groups):
     """Training rows -> (fit, validation): validation is a fifth of the groups, one at least."""
@@ -93,17 +72,6 @@ def split_validation(train, groups):
     return five_folds(train, groups, groups, "validation users")[0]
 
 # ---------------------------------------------------------------- features
-def load_run(run):
-    """A pre-trained model with the weights of its best step, and its config. Raises UserError."""
-    config = read_config(run)
-    try:
-        model = MAE(**config["model"])
-        model.load_state_dict(load_checkpoint(Path(run))["best"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"{run} has no weights that fit its config.json and this model.py: let "
-                        f"pretrain.py finish it ({error!r:.99})") from None
-    return model.eval(), config
-
 class Encoder(nn.Module):
     """Scaled windows (B, C, T) -> features (B, F): the mean over time of each sensor's patches, and
     their deviation. sensors: the numbers of the model's sensors, all by default."""
@@ -128,27 +96,20 @@ def logistic_regression(x, y, l2, start, tolerance):
 
         minimise over W, b   mean of -log softmax(x W + b)[y]  +  l2 / 2 |W|^2
 
-    by L-BFGS from `start`, until no entry of the gradient is above `tolerance`. Features are
-    correlated, so the search goes along their principal axes, in units of the curvature of the
-    loss there (about 0.3 variance + l2): the same minimum in half the steps."""
-    variance, axes = torch.linalg.eigh(x.mT @ x / len(x))
-    axes = axes * (0.3 * variance.clamp(min=0) + l2).rsqrt()                   # (F, F)
-    z = (x @ axes).mT.contiguous()                                             # (F, n)
-    truth = nn.functional.one_hot(y, start.shape[1]).mT.to(x).contiguous()     # (K, n)
+    by L-BFGS from `start`, until no entry of the gradient is above `tolerance`."""
+    w = start.clone().requires_grad_()
+    search = torch.optim.LBFGS([w], max_iter=5000, history_size=20, tolerance_grad=tolerance,
+                               tolerance_change=0, line_search_fn="strong_wolfe")
 
-    def loss(flat):
-        v = torch.from_numpy(flat).to(x).view(len(truth), -1)                  # (K, F + 1)
-        log_p, w = (v[:, :-1] @ z + v[:, -1:]).log_softmax(0), v[:, :-1] @ axes.mT
-        error = (log_p.exp() - truth) / len(y)                                 # by the logits
-        value = -(log_p * truth).sum() / len(y) + l2 / 2 * w.square().sum()
-        slopes = torch.cat([error @ z.mT + l2 * w @ axes, error.sum(1, keepdim=True)], dim=1)
-        return value.item(), slopes.double().numpy().ravel()
+    def loss():
+        search.zero_grad()
+        fit = nn.functional.cross_entropy(x @ w[:-1] + w[-1], y)
+        value = fit + l2 / 2 * w[:-1].square().sum()
+        value.backward()
+        return value
 
-    v = torch.cat([torch.linalg.solve(axes, start[:-1]), start[-1:]]).mT
-    options = {"maxiter": 5000, "maxcor": 20, "gtol": tolerance, "ftol": 0}
-    best = minimize(loss, v.double().ravel(), method="L-BFGS-B", jac=True, options=options).x
-    v = torch.from_numpy(best).to(x).view(len(truth), -1).mT
-    return torch.cat([axes @ v[:-1], v[-1:]])
+    search.step(loss)
+    return w.detach()
 
 def fit_probe(x, y, classes, fit, validation, final):
     """Features x (n, F), y (n,) and three sets of rows -> Probe. Each penalty is tried on the rows
@@ -158,21 +119,35 @@ def fit_probe(x, y, classes, fit, validation, final):
         z = (x[rows] - mean) / sd
         return Probe(logistic_regression(z, y[rows], l2, start, tolerance), mean, sd, l2)
 
-    probes, val_f1, weights = [], [], x.new_zeros(x.shape[1] + 1, classes)
+    probes, f1, weights = [], [], x.new_zeros(x.shape[1] + 1, classes)
     for l2 in PENALTIES:
         probes.append(fit_rows(fit, l2, weights, tolerance=3e-4))
         weights = probes[-1].weights
         predicted = predict(probes[-1], x[validation])
-        val_f1.append(scores(confusion(y[validation], predicted, classes))["macro_f1"])
-    best = probes[np.argmax(val_f1)]
+        f1.append(scores(confusion(y[validation], predicted, classes))["macro_f1"])
+    best = probes[np.argmax(f1)]
     return fit_rows(final, best.l2, best.weights, tolerance=5e-5)
 
 def predict(probe, x):
     """Features x (n, F) -> predicted classes (n,)."""
-    return ((x - probe.mean) / probe.sd @ probe.weights[:-1] + probe.weights[-1]).argmax(1)
+    logits = (x - probe.mean) / probe.sd @ probe.weights[:-1] + probe.weights[-1]
+    return logits.argmax(1)
+
+# ---- from here on: files, flags, figures
+def confusion(truth, predicted, classes):
+    """Counts (K, K): rows are the true classes, columns the predicted ones."""
+    return torch.bincount(truth * classes + predicted, minlength=classes ** 2).view(classes, -1)
+
+def scores(counts):
+    """Accuracy, F1 of each class (None if it is neither present nor predicted), and their mean."""
+    total = (counts.sum(0) + counts.sum(1)).tolist()
+    f1 = [2 * hits / n if n else None for hits, n in zip(counts.diag().tolist(), total)]
+    return {"accuracy": (counts.trace() / counts.sum()).item(), "per_class_f1": f1,
+            "macro_f1": float(np.mean([value for value in f1 if value is not None])),
+            "confusion": counts.tolist()}
 
 # ---------------------------------------------------------------- encoder and head together
-def train_network(encoder, probe, x, y, classes, fit, validation, a):
+def train_network(encoder, probe, x, y, classes, fit, validation, flags):
     """Train encoder and head until the macro-F1 on `validation` hasn't risen for --patience epochs.
     Returns the best network, windows (B, C, T) -> logits (B, K), and its epoch.
 
@@ -183,12 +158,12 @@ def train_network(encoder, probe, x, y, classes, fit, validation, a):
     norm.running_mean, norm.running_var = probe.mean, probe.sd.square()
     head.weight.data, head.bias.data = probe.weights[:-1].T.contiguous(), probe.weights[-1]
     net = nn.Sequential(copy.deepcopy(encoder), norm, head).to(encoder.model.norm.weight.device)
-    optimizer = torch.optim.RAdam(net.parameters(), LEARNING_RATE[a.mode], weight_decay=0.05,
+    optimizer = torch.optim.RAdam(net.parameters(), LEARNING_RATE[flags.mode], weight_decay=0.05,
                                   decoupled_weight_decay=True)                 # warms up by itself
     loss = nn.CrossEntropyLoss(label_smoothing=0.1)
     shift = min(net[0].model.patch, x.shape[2] - net[0].model.patch + 1)
     average, epoch, best_epoch, best_f1 = copy.deepcopy(net), 0, 0, -1
-    while epoch - best_epoch < a.patience:
+    while epoch - best_epoch < flags.patience:
         epoch += 1
         rng = random_stream("training epoch", epoch)
         net.train()
@@ -201,24 +176,24 @@ def train_network(encoder, probe, x, y, classes, fit, validation, a):
             for old, new in zip(average.state_dict().values(), net.state_dict().values()):
                 old.copy_(old + 0.01 * (new - old))
         predicted = in_batches(average.eval(), x[validation]).argmax(1)
-        val_f1 = scores(confusion(y[validation], predicted, classes))["macro_f1"]
-        print(f"epoch {epoch}: macro-F1 {val_f1:.4f} of the validation users", flush=True)
-        if val_f1 > best_f1:
-            best, best_f1, best_epoch = copy.deepcopy(average), val_f1, epoch
+        f1 = scores(confusion(y[validation], predicted, classes))["macro_f1"]
+        print(f"epoch {epoch}: macro-F1 {f1:.4f} of the validation users", flush=True)
+        if f1 > best_f1:
+            best, best_f1, best_epoch = copy.deepcopy(average), f1, epoch
     return best, best_epoch
 
-# ---------------------------------------------------------------- scores
-def confusion(truth, predicted, classes):
-    """Counts (K, K): rows are the true classes, columns the predicted ones."""
-    return torch.bincount(truth * classes + predicted, minlength=classes ** 2).view(classes, -1)
-
-def scores(counts):
-    """Accuracy, F1 of each class (None if it is neither present nor predicted), and their mean."""
-    total = (counts.sum(0) + counts.sum(1)).tolist()
-    f1 = [2 * hits / n if n else None for hits, n in zip(counts.diag().tolist(), total)]
-    return {"accuracy": (counts.trace() / counts.sum()).item(), "per_class_f1": f1,
-            "macro_f1": float(np.mean([value for value in f1 if value is not None])),
-            "confusion": counts.tolist()}
+def score_fold(encoder, encoded, x, y, classes, groups, train, test, flags):
+    """Train on the rows `train`, score on the rows `test`."""
+    fit, validation = split_validation(train, groups)
+    network = flags.mode in LEARNING_RATE
+    probe, epoch = fit_probe(encoded, y, classes, fit, validation, fit if network else train), None
+    predicted = predict(probe, encoded[test])
+    if network:
+        net, epoch = train_network(encoder, probe, x, y, classes, fit, validation, flags)
+        predicted = in_batches(net, x[test]).argmax(1)
+    counts = confusion(y[test], predicted, classes)
+    return {**scores(counts), "l2": probe.l2, "epoch": epoch, "n_train": len(train),
+            "n_test": len(test)}
 
 def summarise(folds):
     """A result: means and deviations over folds; F1 of each class and confusion over all folds."""
@@ -232,20 +207,8 @@ def summarise(folds):
         result[key + "_sd"] = float(np.std(values, ddof=1)) if len(folds) > 1 else 0.0
     return result
 
-def print_result(name, results):
-    """Print the scores, and the gain over other modes on the same folds with its standard error."""
-    result, folds = results[name], len(results[name]["folds"])
-    print(f"{name}: accuracy {result['accuracy']:.4f}, macro-F1 {result['macro_f1']:.4f} +- "
-          f"{result['macro_f1_sd']:.4f} ({folds} folds, {len(result['test_users'])} users tested)")
-    for other in results.values():
-        if folds > 1 and other["input"] == result["input"] and other["mode"] != result["mode"]:
-            pairs = zip(result["folds"], other["folds"])
-            gain = [fold["macro_f1"] - paired["macro_f1"] for fold, paired in pairs]
-            print(f"  {np.mean(gain):+.4f} over {other['mode']}, paired by fold, standard error "
-                  f"{np.std(gain, ddof=1) / folds ** 0.5:.4f}")
-
-# ---------------------------------------------------------------- figures
 def draw_confusion(path, result):
+    from matplotlib.figure import Figure
     counts, names = np.array(result["confusion"]), result["classes"]
     percent = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     fig = Figure((3.4 + 0.42 * len(names), 2.4 + 0.42 * len(names)), layout="constrained")
@@ -254,122 +217,152 @@ def draw_confusion(path, result):
     for i, j in zip(*np.nonzero(percent >= 0.5)):
         axes.text(j, i, f"{percent[i, j]:.0f}", ha="center", va="center", fontsize=8,
                   color="white" if percent[i, j] > 50 else "black")
+    names = [name.replace("$", r"\$") for name in names]         # else matplotlib reads formulas
     axes.set_xticks(range(len(names)), names, rotation=90)
     axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel="predicted", ylabel="true (numbers: % of its windows)", title=path.stem)
+    axes.set(xlabel="predicted", ylabel="true (numbers: % of its windows)")
+    axes.set_title(path.stem)
     with replacing(path) as temporary:
         fig.savefig(temporary, dpi=150)
 
-def draw_label_curves(path, results):
-    """Macro-F1 against labelled users: a panel for each data set, a line for each mode."""
-    names = sorted({result["data"] for result in results if result["input"][3]})
-    fig = Figure((1 + 4 * len(names), 4), layout="constrained")
-    for axes, name in zip(fig.subplots(1, len(names), squeeze=False)[0], names):
-        for mode, colour in COLOURS.items():
-            points = sorted((len(r["folds"][0]["train_users"]), r["macro_f1"], r["macro_f1_sd"])
-                            for r in results if (r["data"], r["mode"]) == (name, mode))
-            if points:
-                axes.errorbar(*zip(*points), color=colour, marker="o", capsize=3, label=mode)
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.set(xlabel="labelled users", ylabel="macro-F1 (bars: deviation)", title=name)
-        axes.legend()
-    with replacing(path) as temporary:
-        fig.savefig(temporary, dpi=150)
+# ---------------------------------------------------------------- a run, the command
+def load_run(run):
+    """A pre-trained model with the weights of its best step, and its config. Raises UserError."""
+    config, saved = read_config(run), load_checkpoint(run)
+    finished = "step" not in saved                     # an exported encoder
+    if (run / "result.json").exists():
+        finished = finished or read_json(run / "result.json")["steps"] == saved["step"]
+    require("best" in saved and finished, f"{run} isn't finished: let pretrain.py end first")
+    try:
+        model = MAE(**config["model"])
+        model.load_state_dict(saved["best"])
+    except (TypeError, RuntimeError) as error:
+        raise UserError(f"{run} has no weights that fit its config.json and this model.py "
+                        f"({error!r:.99})") from None
+    return model.eval(), config
 
-# ---------------------------------------------------------------- the command
-def parse_flags():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    flag = p.add_argument
-    flag("run", help="folder of a run of pretrain.py; the weights of its best step are used")
-    flag("--data", default="simulated", help="a prepared set with labels (default: simulated)")
-    flag("--mode", choices=COLOURS, default="probe", help="see above (default: probe)")
-    flag("--sensors", choices=["both", "acc", "gyro"], default="both", help="acc, gyro: use that "
-         "sensor only (default: both)")
-    flag("--label-users", type=lambda text: [number(int, 1)(part) for part in text.split(",")],
-         metavar="K", help="train on K users; 1,2,4: each in turn, with a figure (default: all)")
-    flag("--split", choices=["user", "validation", "window"], default="user",
-         help="validation: test training users, to choose between runs; window: split windows at\n"
-         "random as well, to show how much that leak adds (default: user)")
-    flag("--patience", type=number(int, 1), default=8, help="tune, scratch: end after so many "
-         "epochs without a better validation macro-F1 (default: 8)")
-    flag("--device", default="auto", help="cpu, cuda, mps; auto takes a GPU if any (default: auto)")
-    flag("--export", metavar="DIR", help="only write the encoder, as a small run folder")
-    return p.parse_args()
-
-def export(model, config, folder):
+def export(run, folder):
     """Write a run folder with the encoder alone: without decoder blocks, which no probe needs."""
+    model, config = load_run(run)
     require(not (folder / "checkpoint.pt").exists(),
             f"{folder} holds a run or an encoder, which --export would replace: choose another")
     weights = {key: w for key, w in model.state_dict().items() if not key.startswith("decoder.")}
     with replacing(folder / "checkpoint.pt") as temporary, open(temporary, "wb") as file:
         torch.save({"best": weights}, file)
-    write_json(folder / "config.json", {**config, "model": {**config["model"], "decoder_depth": 0},
-                                        "provenance": provenance()})
+    write_json(folder / "config.json", {**config, "model": {**config["model"], "decoder_depth": 0}})
 
-def main():
-    a = parse_flags()
-    trained, config = load_run(a.run)
-    if a.export:
-        return export(trained, config, Path(a.export))
-    prepared, pretrained = load(a.data), config["flags"].get("sensors", "both")
-    meta, rows = prepared.meta, np.flatnonzero(prepared.labels >= 0)
-    require(len(rows), f"{a.data} has no labels, only --data with labels can be used here")
-    require(pretrained in ("both", a.sensors),
-            f"{a.run} was pre-trained with --sensors {pretrained}: give that here, too")
-    x = torch.from_numpy(windows_at(prepared, rows, a.sensors))                # (n, C, T)
-    require(x.shape[2] >= trained.patch, f"a window of {a.data} is shorter than a patch of {a.run}")
-    y = torch.from_numpy(prepared.labels[rows].astype(np.int64))
-    users, names, classes = prepared.users[rows], np.array(meta["users"]), len(meta["classes"])
-    folds = user_folds(meta, users, config["trained_on"], a.split == "validation")
-    jobs = [("-validation" if a.split == "validation" else "", folds)]         # suffix, folds
-    if a.split == "window":                            # same sizes, but people on both sides
+def random_model(config, mode):
+    """The model of a run with random weights. Blocks start as the identity, which mixes nothing:
+    for the mode "random", random ones are the stronger baseline."""
+    torch.manual_seed(0)
+    model = MAE(**config["model"]).eval()
+    for block in model.blocks if mode == "random" else ():
+        block.attention.out.reset_parameters()
+        block.down.reset_parameters()
+    return model
+
+def sensor_numbers(run, pretrained, wanted):
+    """Which sensors of a model that was pre-trained on `pretrained` read those `wanted`."""
+    require(pretrained in ("both", wanted), f"{run} was pre-trained with --sensors {pretrained}: "
+            "leave --sensors away, or give the same")
+    if pretrained != "both":
+        return [0]
+    return [number for number, name in enumerate(SENSORS) if wanted in ("both", name)]
+
+FLAGS = {                # name: (default, range or choices, what it does)
+    "data": ("simulated", str, "a prepared set with labels"),
+    "mode": ("probe", ["probe", "tune", "scratch", "random"], "see above"),
+    "sensors": (None, SENSOR_CHOICES, "use that sensor only; without it, those of the run"),
+    "label_users": (None, number(int, 1), "train on so many users; without it, on all"),
+    "split": ("user", ["user", "window"], "window: split windows at random, to show what a leak of "
+              "people adds"),
+    "patience": (8, number(int, 1), "tune, scratch: end after so many epochs without a better "
+                 "validation macro-F1"),
+    "device": ("auto", str, "cpu, cuda or mps; auto takes a GPU if there is one"),
+    "export": (None, str, "only write the encoder into this folder, a small run"),
+}
+
+def few_users(folds, users, count):
+    """Folds with only `count` of their training users, who are among those of a larger count; a
+    single fold is drawn 5 times."""
+    few = []
+    for k, (train, test) in enumerate(folds * (5 if len(folds) == 1 else 1)):
+        order = random_stream("label users", k).permutation(np.unique(users[train]))
+        few.append((split_rows(train, users, order[:count])[1], test))
+    return few
+
+def folds_of(run, trained_on, flags, meta, users):
+    """The folds that the flags ask for, the groups (n,) that validation doesn't split, and what the
+    name of the result ends with."""
+    folds, groups, suffix = user_folds(meta, users, trained_on), users, ""
+    seen = known(meta, trained_on)
+    fair = [len(train) and len(test) and not np.isin(users[test], seen).any()
+            for train, test in folds]
+    require(folds and all(fair), f"{flags.data} has too few users to test: {run} was pre-trained "
+            f"on {len(seen)} of {len(meta['users'])}; take another set or run")
+    if flags.label_users:
+        least = min(len(np.unique(users[train])) for train, _ in folds)
+        require(flags.label_users <= least, f"--label-users {flags.label_users} is more than the "
+                f"{least} training users of a fold: take fewer")
+        folds, suffix = few_users(folds, users, flags.label_users), f"-u{flags.label_users}"
+    if flags.split == "window":                        # same sizes, but people on both sides
         order = random_stream("windows").permutation(np.concatenate(folds[0]))
         tests = np.split(order, np.cumsum([len(test) for _, test in folds]))[:len(folds)]
-        jobs.append(("-window", [(np.setdiff1d(order, test), test) for test in tests]))
-    if a.label_users:
-        jobs = [(f"-u{count}{suffix}", few_users(folds, users, count))
-                for suffix, folds in jobs for count in a.label_users]
+        folds = [(np.setdiff1d(order, test), test) for test in tests]
+        groups, suffix = np.arange(len(users)), suffix + "-window"
+    return folds, groups, suffix
+
+def score_run(run, flags, prepared):
+    """Score one run, unless that was done with the same weights, data and flags."""
+    trained, config = load_run(run)
+    meta, rows = prepared.meta, np.flatnonzero(prepared.labels >= 0)
+    require(len(rows), f"{flags.data} has no labels, only --data with labels can be used here")
+    pretrained = config["flags"].get("sensors", "both")
+    sensors = flags.sensors or pretrained
+    numbers = sensor_numbers(run, pretrained, sensors)
+    users, y = prepared.users[rows], torch.from_numpy(prepared.labels[rows].astype(np.int64))
+    folds, groups, suffix = folds_of(run, config["trained_on"], flags, meta, users)
+    if flags.sensors in SENSORS:
+        suffix = f"-{sensors}{suffix}"
     weights = b"".join(w.numpy().tobytes() for w in trained.state_dict().values())
-    sensors = {"both": [0, 1], "acc": [0], "gyro": [1]}[a.sensors] if pretrained == "both" else [0]
-    torch.manual_seed(0)
-    model = trained if a.mode in ("probe", "tune") else MAE(**config["model"]).eval()
-    for block in model.blocks if a.mode == "random" else ():   # blocks start as the identity, which
-        block.attention.out.reset_parameters()                 # mixes nothing: random ones are the
-        block.down.reset_parameters()                          # stronger baseline
-    encoder, encoded = Encoder(model.to(choose_device(a.device)), sensors), None
-    folder, which = Path(a.run) / "finetune", "" if a.sensors == "both" else f"-{a.sensors}"
-    for suffix, folds in jobs:
-        name = f"{a.data}-{a.mode}{which}{suffix}"
-        spec = {"data": a.data, "mode": a.mode, "patience": a.mode in LEARNING_RATE and a.patience,
-                "input": [hashlib.sha256(weights).hexdigest(), a.sensors, meta["fingerprint"],
-                          suffix]}
-        results = {path.stem: read_json(path) for path in folder.glob("[!.]*.json")}
-        if not spec.items() <= results.get(name, {}).items():                 # else it is done
-            encoded = in_batches(encoder, x) if encoded is None else encoded   # (n, F)
-            groups = np.arange(len(y)) if suffix.endswith("-window") else users
-            scored = []
-            for train, test in folds:
-                fit, validation = split_validation(train, groups)
-                final = fit if a.mode in LEARNING_RATE else train
-                probe, epoch = fit_probe(encoded, y, classes, fit, validation, final), None
-                predicted = predict(probe, encoded[test])
-                if a.mode in LEARNING_RATE:
-                    net, epoch = train_network(encoder, probe, x, y, classes, fit, validation, a)
-                    predicted = in_batches(net, x[test]).argmax(1)
-                scored.append({**scores(confusion(y[test], predicted, classes)), "l2": probe.l2,
-                               "epoch": epoch, "n_train": len(train), "n_test": len(test),
-                               "train_users": names[np.unique(users[train])].tolist(),
-                               "test_users": names[np.unique(users[test])].tolist()})
-            results[name] = {**summarise(scored), "classes": meta["classes"], **spec}
-            results[name]["provenance"] = provenance()
-            write_json(folder / f"{name}.json", results[name])
-            draw_confusion(folder / f"{name}.png", results[name])
-        print_result(name, results)
-    if a.label_users:
-        curves = [r for r in results.values() if r["input"][:2] == spec["input"][:2] and
-                  r["input"][3] in ("", f"-u{len(r['folds'][0]['train_users'])}")]
-        draw_label_curves(folder / f"label-users{which}.png", curves)
+    spec = {"data": flags.data, "mode": flags.mode,
+            "patience": flags.mode in LEARNING_RATE and flags.patience,
+            "input": [hashlib.sha256(weights).hexdigest(), sensors, meta["fingerprint"], suffix]}
+    path = run / "finetune" / f"{flags.data}-{flags.mode}{suffix}.json"
+    result = read_json(path) if path.exists() else {}
+    if not spec.items() <= result.items():
+        x = torch.from_numpy(windows_at(prepared, rows, sensors))              # (n, C, T)
+        model = trained if flags.mode in ("probe", "tune") else random_model(config, flags.mode)
+        encoder = Encoder(model.to(choose_device(flags.device)), numbers)
+        encoded = in_batches(encoder, x)                                       # (n, F)
+        scored, classes = [], len(meta["classes"])
+        for train, test in folds:
+            fold = score_fold(encoder, encoded, x, y, classes, groups, train, test, flags)
+            for part, chosen in (("train_users", train), ("test_users", test)):
+                fold[part] = [meta["users"][user] for user in np.unique(users[chosen])]
+            scored.append(fold)
+        result = {**summarise(scored), **spec, "classes": meta["classes"]}
+        result["provenance"] = provenance()
+        draw_confusion(path.with_suffix(".png"), result)
+        write_json(path, result)
+    print(f"{run} {path.stem}: accuracy {result['accuracy']:.4f}, macro-F1 "
+          f"{result['macro_f1']:.4f} +- {result['macro_f1_sd']:.4f} ({len(folds)} folds, "
+          f"{len(result['test_users'])} users tested)", flush=True)
+
+def main():
+    parser = build_parser(FLAGS, __doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of pretrain.py")
+    flags = parser.parse_args()
+    if flags.export:
+        return export(flags.runs[0], Path(flags.export))
+    prepared, status = load(flags.data), 0
+    for run in flags.runs:
+        try:
+            score_run(run, flags, prepared)
+        except UserError as error:                     # the other runs are still done
+            print(f"finetune.py: {error}", file=sys.stderr)
+            status = 2
+    return status
 
 if __name__ == "__main__":
     command(main)

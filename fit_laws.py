@@ -1,758 +1,687 @@
 """
-From finished runs to a scaling law: its fit, intervals, what it predicts, and which claims hold.
+From finished runs to a scaling law: its fit, what it predicts, and which claims hold.
 
     python fit_laws.py runs/GRID --out results/GRID                    # a grid: collect, fit, draw
     python fit_laws.py results/GRID/results.csv --out DIR              # again, from its table
     python fit_laws.py TABLE.csv --x params tokens --y loss --out DIR  # any table
-    python fit_laws.py DIR/laws.json --recommend --users 30 --hours-per-user 2
     python fit_laws.py DIR/laws.json --predict CELLS.csv               # before and after runs
+    python fit_laws.py DIR/laws.json --recommend --users 30 --hours-per-user 2
+    python fit_laws.py DIR/laws.json --recommend --hours 20 --setup 0.5
 
-The law of a grid is  loss = E + (A users^-a hours_per_user^-b + B params_encoder^-c)^delta.
-Users and hours per user are two ways to get data, so they share a term. Data and parameters are
-coupled: with delta below 1 the scarcer of the two limits (Kaplan et al. 2020, arXiv 2001.08361).
-`alpha` in laws.json is a, b or c times delta: the slope on log axes where nothing else limits.
-The fit is approach 3 of Hoffmann et al. 2022 (2203.15556). results/coverage.md tests it on grids.
+A table is {column: array (n,)}, a row a run. To change a law, change its function and its ranges.
 """
-import os
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")     # before numpy: small matrices, idle threads
-import argparse, csv, json, math
+import argparse, csv, math
 from collections import namedtuple
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-from scipy.optimize import minimize
-from scipy.stats import spearmanr, t as student_t, ttest_1samp
+from scipy.optimize import least_squares
+from scipy.stats import t as student
 
 from data import UserError, command, number, provenance, read_json, replacing, require, write_json
 
-HUBER = 1e-3                             # residuals above 0.1 % count linearly, not squared
-DATA = ("users", "hours_per_user")
-TERMS = (DATA, ("params_encoder",))      # of the law of a grid
-FACTORS = sum(TERMS, ())
-MAY_DIFFER = "users hours_per_user width depth heads seed steps".split()        # between cells
-Study = namedtuple("Study", "shown table y law fits tables laws")       # see `analyse`
+# ---------------------------------------------------------------- two laws
+Law = namedtuple("Law", "formula ranges huber")        # residuals above huber count linearly
 
-# ---------------------------------------------------------------- the law
-@dataclass
-class Shape:
-    terms: tuple                         # of factors: (("users", "hours_per_user"), ("params",))
-    floor: bool = True                   # else E is 0
-    coupled: bool = False                # else delta is 1
-    enough: float = 0                    # hours: the factor "data" is users / (1/hours + 1/enough);
-                                         # 1e9: it is the hours in all
-    curve: tuple = ()                    # ("logarithm" or "exponential", factor)
+def grid_law(table, E, R, A, a, h=math.inf, B=0., c=0.):
+    """The loss (n,) of runs on U users, H hours of each, with P parameters:
 
-    def __post_init__(self):
-        self.x = sum(self.terms, ())                           # all factors
-        self.columns = sum((DATA if self.enough and x == "data" else (x,) for x in self.x), ())
-        self.member = np.array([[float(x in term) for x in self.x] for term in self.terms])
-        self.parameters = (self.floor + len(self.terms) + len(self.x) + self.coupled
-                           + (0 < self.enough < 1e9))
+        loss = E + 1 / (1/s + 1/R)        s = A N^-a + B P^-c        N = U h H / (H + h)
 
-def logs(table, shape):
-    """Log of each factor, (k, n); a factor with an exponential curve stays as it is."""
-    if shape.enough:
-        hours = 1 / (1 / table["hours_per_user"] + 1 / shape.enough)
-        table = {**table, "data": table["users"] * hours}
-    return np.array(np.broadcast_arrays(*[
-        table[x] if shape.curve == ("exponential", x) else np.log(table[x]) for x in shape.x]))
-
-def parts(theta, shape):
-    """Of theta = E, a_1 ..., alpha_1 ..., log delta: E, a (terms,), alpha (k,) and delta."""
-    T = len(shape.terms)
-    return theta[0], theta[1:1 + T], theta[1 + T:-1], math.exp(theta[-1])
-
-def loss_and_slopes(theta, u, shape):
-    """The loss (n,) at the scaled logs u (k, n) of the factors, and its slopes by theta (P, n).
-
-    loss = E + (sum over terms t of exp(z_t))^delta,  delta z_t = a_t - sum_i alpha_i u_i
+    E stays with endless data; without data the loss is E + R. N: effective hours in all, as the
+    hours of one person count less and less, half as much at H = h.
     """
-    E, a, alpha, delta = parts(theta, shape)
-    powers, slopes = -alpha[:, None] * u, -u               # log of each factor's power, (k, n)
-    if "logarithm" in shape.curve:       # 1 - alpha u in place of exp(-alpha u)
-        i = shape.x.index(shape.curve[1])
-        slopes[i] /= 1 + powers[i]
-        powers[i] = np.log1p(powers[i])
-    z = (a[:, None] + shape.member @ powers) / delta
-    shares = np.exp(z - z.max(0))
-    log_sum = z.max(0) + np.log(shares.sum(0))
-    above = np.exp(delta * log_sum)
-    by_a = above * shares / shares.sum(0)
-    by_alpha = shape.member.T @ by_a * slopes
-    by_log_delta = delta * (above * log_sum - (by_a * z).sum(0))
-    return E + above, np.vstack([np.ones_like(above), by_a, by_alpha, by_log_delta])
+    hours = table["hours_per_user"]
+    N = table["users"] * hours / (1 + hours / h)
+    s = A * N ** -a + B * table["params_encoder"] ** -c
+    return E + 1 / (1 / s + 1 / R)
 
-def objective(theta, u, log_y, shape):
-    """Sum over rows of Huber(log y - log law) / HUBER^2, and its gradient."""
-    loss, slopes = loss_and_slopes(theta, u, shape)
-    residuals = log_y - np.log(loss)
-    clipped = np.clip(residuals, -HUBER, HUBER)
-    value = (clipped * (residuals - clipped / 2)).sum()
-    return value / HUBER ** 2, -slopes @ (clipped / loss) / HUBER ** 2
+# Of each number the lowest and highest, and the ends between which random starts are drawn. If the
+# lowest is above 0, its logarithm is fitted, and its interval is symmetric on a log axis.
+GRID = {
+    "E": (0, 10, 0, .2),
+    "R": (1e-3, 10, .05, 1),
+    "A": (1e-5, 1e3, .01, 1),
+    "a": (0, 4, .1, 1.5),
+    "h": (1e-4, 1e3, .01, 1),
+    "B": (1e-6, 1e6, .1, 100),
+    "c": (0, 2, .1, 1)}
 
-# ---------------------------------------------------------------- its fit
-@dataclass
-class Fit:
-    shape: Shape
-    theta: np.ndarray                    # at logs scaled to -1 ... 1 and a loss about 1
-    middle: np.ndarray                   # of each factor's logs, (k,)
-    half: np.ndarray                     # of their range, (k,)
-    unit: float                          # of the loss
-    objective: float = 0.
-    residuals: np.ndarray = None         # log y - log law, (n,)
-    held: dict = None                    # {factor: its largest, held out and predicted}
+def table_law(table, E=0., **numbers):
+    """E + the sum over terms of A times each factor's x^-alpha (Hoffmann et al. 2022, 2203.15556).
+    numbers: {"A users*hours": A of a term, ..., "alpha users": alpha of a factor, ...}"""
+    loss = E
+    for name in numbers:
+        if name.startswith("A "):
+            factors = name[2:].split("*")
+            powers = [table[x] ** -numbers[f"alpha {x}"] for x in factors]
+            loss = loss + numbers[name] * math.prod(powers)
+    return loss
 
-    def scaled(self, table):
-        return ((logs(table, self.shape).T - self.middle) / self.half).T
+def table_ranges(table, y, terms, floor):
+    """As GRID, for factors that were divided by their geometric means."""
+    unit = table[y].mean()
+    ranges = {"E": (0, 5 * unit, 0, .9 * unit)} if floor else {}
+    for term in terms:
+        ranges["A " + "*".join(term)] = 1e-12 * unit, 100 * unit, .03 * unit, unit
+        for x in term:
+            half = np.ptp(np.log(table[x])) / 2        # alpha 1 / half: e^2 over the range of x
+            ranges[f"alpha {x}"] = 0, 20 / half, .05 / half, 1 / half
+    return ranges
 
-    def loss(self, table):
-        return self.unit * loss_and_slopes(self.theta, self.scaled(table), self.shape)[0]
+# ---------------------------------------------------------------- the fit
+@np.errstate(all="ignore")                             # trial steps may overflow
+def fit(law, table, y, near=None):
+    """The law's {name: value} of least squared (or Huber's) log residuals: the best of 12 random
+    starts; with `near`, the fit to a similar table, of it and 3 random ones."""
+    ranges = np.array([*law.ranges.values()]).T
+    logs = ranges[0] > 0
+    low, high, first, last = np.where(logs, np.log(ranges), ranges)
 
-    def alpha(self, x):
-        return self.numbers()["alpha"][self.shape.x.index(x)]
+    def named(theta):
+        return dict(zip(law.ranges, np.where(logs, np.exp(theta), theta).tolist()))
 
-    def numbers(self):
-        """E, A, alpha, delta of E + (sum over terms of A times each x^-(alpha / delta))^delta."""
-        E, a, alpha, delta = parts(self.theta, self.shape)
-        alpha = alpha / self.half
-        powers = [self.shape.curve != ("logarithm", x) for x in self.shape.x]    # else at u = 0
-        a = a + self.shape.member @ (alpha * self.middle * powers) + math.log(self.unit)
-        A = np.exp(np.clip(a / delta, -700, 700))
-        numbers = {"E": self.unit * E, "A": A, "alpha": alpha}
-        return {**numbers, "delta": delta} if self.shape.coupled else numbers
+    def residuals(theta):
+        return np.log(law.formula(table, **named(theta))) - np.log(table[y])
 
-@np.errstate(all="ignore")               # trial steps may overflow
-def fit(table, shape, y, near=None):
-    """Fit a shape to the column `y` of `table` {column: (n,)}: the best of 48 random starts (E, a,
-    alpha, log delta); `near`, the fit to a similar table, saves time."""
-    log_y, (T, k) = np.log(table[y]), shape.member.shape
-    starts = np.random.default_rng(0).random((48, T + k + 2)) * [.8, *[-3] * T, *[.8] * k, -1]
-    if near:                             # from `near` alone, the fit may stick
-        fitted, starts = replace(near, shape=shape), [near.theta, *starts[:2]]
-    else:
-        u = logs(table, shape)
-        low, high = u.min(1), u.max(1)
-        middle, half = (low + high) / 2, np.maximum((high - low) / 2, .01)
-        if "exponential" in shape.curve:                   # of x itself, which may span decades
-            i = shape.x.index(shape.curve[1])
-            middle[i], half[i] = low[i], math.sqrt(low[i] * high[i])
-        fitted = Fit(shape, None, middle, half, math.exp(log_y.mean()))
-    problem = fitted.scaled(table), log_y - math.log(fitted.unit), shape
-    bounds = [(0, 10 if shape.floor else 0), *[(-40, 40)] * T,          # .999: 1 - alpha u above 0
-              *[(0, .999 if shape.curve == ("logarithm", x) else 20) for x in shape.x],
-              (-3, 1.6) if shape.coupled else (0, 0)]
-    for steps in (15, 3000):             # all starts briefly, then the best four to the end
-        options = {"maxiter": steps, "ftol": 1e-11, "gtol": 1e-6, "maxcor": 20}
-        ends = [minimize(objective, start, problem, "L-BFGS-B", True, bounds=bounds,
-                         options=options) for start in starts]
-        ends.sort(key=lambda end: end.fun)
-        starts = [end.x for end in ends[:4]]
-    fitted.theta, fitted.objective = starts[0], ends[0].fun * HUBER ** 2
-    fitted.residuals = log_y - np.log(fitted.loss(table))
-    return fitted
-
-def aicc(fitted):
-    """AICc with the Laplace density, as Huber's loss is linear above 0.1 %; lower is better. Minus
-    twice its log likelihood is 2 n log(2 e b), b the mean |residual|, which is a parameter, too."""
-    n, k = len(fitted.residuals), fitted.shape.parameters + 1
-    deviance = 2 * n * math.log(2 * math.e * max(fitted.objective, 1e-12) / n / HUBER)
-    return deviance + 2 * k + 2 * k * (k + 1) / max(n - k - 1, 1e-3)
+    draws = np.random.default_rng(0).random((3 if near else 12, len(low)))
+    starts = [*first + (last - first) * draws]
+    if near:                                           # alone it may stick
+        values = np.array([*near.values()])
+        starts.append(np.where(logs, np.log(values), values))
+    for evaluations in (15, None):                     # all starts briefly, the best two to the end
+        ends = [least_squares(residuals, np.clip(start, low, high), bounds=(low, high),
+                              x_scale="jac", loss="huber", f_scale=law.huber,
+                              max_nfev=evaluations) for start in starts]
+        ends.sort(key=lambda end: end.cost)
+        starts = [end.x for end in ends[:2]]
+    return named(starts[0])
 
 # ---------------------------------------------------------------- intervals
-SCALES = {"signed": (np.asarray, np.asarray), "positive": (np.asarray, np.asarray),
-          "ratio": (np.log, np.exp),     # where an interval is symmetric, and back
-          "correlation": (lambda r: np.arctanh(np.clip(r, -.999, .999)), np.tanh)}    # Fisher's z
-
 def take(table, rows):
     return {name: values[rows] for name, values in table.items()}
 
-def indicators(values):
-    """For each different value, the rows that have it: (different values, n)"""
-    return np.unique(values)[:, None] == values
+def without_each_seed(table):                          # runs of one share people, vary together
+    return [take(table, table["seed"] != seed) for seed in np.unique(table["seed"])]
 
-def labels(table, text):
-    """`text` for each row, (n,): names of columns in braces are replaced by their values."""
-    return np.array([text.format(**dict(zip(table, row))) for row in zip(*table.values())])
+def without_each(values):
+    """The mean of values (n, ...) without each of them in turn, (n, ...)."""
+    return (np.sum(values, axis=0) - values) / max(len(values) - 1, 1)
 
-def grouped(table, text):
-    """{label: its rows}"""
-    names = labels(table, text)
-    return {name: take(table, names == name) for name in dict.fromkeys(names)}
+def interval(value, seeds, people=()):
+    """95 % of a number, from its values without each seed (and each held-out person) in turn: the
+    jackknife's error times Student's t."""
+    if len(seeds) < 3:                                 # two say next to nothing
+        return None
+    square = sum(np.var(values, axis=0) * (len(values) - 1)
+                 for values in (seeds, people) if len(values))
+    half = student.ppf(.975, len(seeds) - 1) * np.sqrt(square)
+    return [value - half, value + half]
 
-def resampled(table, y, draws=1):
-    """{"whole": [table], ...: the tables that intervals are made from}. Runs of one seed share
-    people, so each whole seed is left out in turn, and so is each held-out person. Without a
-    column `seed`, rows are drawn with replacement."""
-    tables = {"whole": [table]}
-    if draws and "seed" not in table:
-        rng, n = np.random.default_rng(0), len(table[y])
-        tables["rows"] = [take(table, rng.integers(n, size=n)) for _ in range(draws)]
-    elif draws and len(seeds := indicators(table["seed"])) > 2:     # two say next to nothing
-        tables["seeds"] = [take(table, ~rows) for rows in seeds]
-        if np.ndim(table.get("people")) == 2 and y == "loss":      # (n, people): loss on each
-            tables["people"] = [{**table, y: np.delete(table["people"], person, 1).mean(1)}
-                                for person in range(table["people"].shape[1])]
-    return tables
+# ---------------------------------------------------------------- equal hours, more people
+def numbered(*columns):                                # each combination of values, (n,)
+    return np.unique(columns, axis=1, return_inverse=True)[1].ravel()
 
-def estimate(quantity, samples, scale="signed"):
-    """A quantity and its 95 % interval, from `resampled` tables or the fits to them: with seeds the
-    jackknife's error times Student's t. `ci95_people` counts held-out people as well."""
-    change, back = SCALES[scale]
-    value, square = np.asarray(quantity(samples["whole"][0])), 0
-    result = {"value": value.tolist(), "ci95": None, "ci95_people": None}
-    for kind in list(samples)[1:]:
-        draws = change(np.array([quantity(sample) for sample in samples[kind]]))
-        if kind == "rows":
-            ends = np.percentile(draws, [2.5, 97.5], axis=0)
-        else:
-            square += draws.var(0) * (len(draws) - 1)
-            half = student_t.ppf(.975, len(samples["seeds"]) - 1) * np.sqrt(square)
-            ends = change(value) + np.multiply.outer([-1, 1], half)
-        if np.isfinite(ends).all():
-            result["ci95_people" if kind == "people" else "ci95"] = back(ends).T.tolist()
-    return result
+def lines(table):
+    """The line of each run (n,): of one are those of a model with hours in all within 5 %."""
+    hours, place = np.unique(table["hours"], return_inverse=True)
+    for i in range(1, len(hours)):
+        hours[i] = hours[i - 1] if hours[i] < 1.05 * hours[i - 1] else hours[i]
+    return numbered(hours[place], table["params_encoder"])
 
-# ---------------------------------------------------------------- what is held out
-def setting(table, x):
-    """A grid's setting of x: of hours, the cap, as users who recorded less give all they have."""
-    return table["cap" if x == "hours_per_user" and "cap" in table else x]
+def saved(y, x, seeds, *groups):
+    """In each seed, minus the slope of y (n,) on x (n,): least squares, with a constant for each
+    value of each of the groups (n,). Seeds where nothing can be compared are left out: (k,)."""
+    found = []
+    for seed in np.unique(seeds):
+        rows = seeds == seed
+        constants = [group[rows] == value for group in groups for value in np.unique(group)]
+        constants = np.stack(constants, axis=1).astype(float)
+        change = x[rows] - constants @ np.linalg.lstsq(constants, x[rows], rcond=None)[0]
+        if change @ change > 1e-9:
+            found.append(-(change @ y[rows]) / (change @ change))
+    return np.array(found)
 
-def largest(table, x):
-    """Rows of the largest x: of a grid its largest setting, else the top tenth, or all above
-    1 / 1.1 of the largest."""
-    values = setting(table, x)
-    tenth = min(values.max() / 1.1, np.quantile(values, .9))
-    return values >= (values.max() if "cap" in table else tenth)
+def users_save(table, losses):
+    """In each seed, what e times as many users save in log loss at equal hours in all."""
+    return saved(np.log(losses), np.log(table["users"]), table["seed"], table["line"])
 
-def saturating(table, shape, y):
-    """The same shape with those `enough` hours, of 12 numbers, that fit best."""
-    near, hours = fit(table, shape, y), table["hours_per_user"]
-    trials = [replace(shape, enough=enough)
-              for enough in np.geomspace(hours.min() / 4, hours.max() * 10, 12)]
-    return min(trials, key=lambda trial: fit(table, trial, y, near).objective)
+# ---------------------------------------------------------------- held out, beside forecasters
+def forecasts(rest, rows, y, settings, x):
+    """Of rows, without a law: {forecaster: (m,)}. A line is one in all settings, a plane."""
+    before, now = (np.column_stack([*(np.log(table[other]) for other in settings), table[x] ** 0])
+                   for table in (rest, rows))
+    both = np.column_stack([np.log(rest[y]), rest[y]])
+    log_log, semi_log = (now @ np.linalg.lstsq(before, both, rcond=None)[0]).T
+    ratio = [last_ratio(rest, take(rows, i), y, settings, x) for i in range(len(now))]
+    return {"last ratio": np.array(ratio), "line on log axes": np.exp(log_log),
+            "line on semi-log axes": semi_log}
 
-def hold_out(table, law, y, x):
-    """The largest x, predicted by the same law fitted to the other rows alone."""
-    top, shape = largest(table, x), law.shape
-    rows, rest = take(table, top), take(table, ~top)
-    if 0 < shape.enough < 1e9:
-        shape = saturating(rest, shape, y)
-    predicted = fit(rest, shape, y, law).loss(rows)
-    return {"measured": rows[y], "predicted": predicted, "error": abs(predicted / rows[y] - 1),
-            "seed": table.get("seed", np.arange(len(top)))[top]}
+def last_ratio(rest, row, y, settings, x):
+    """The step between the last two settings of x below the row's, all else equal, goes on."""
+    alike = [np.isclose(rest[other], row[other], .03) for other in settings if other != x]
+    before = take(rest, np.all([rest[x] < row[x], *alike], axis=0))
+    last = np.unique(before[x])[-2:]
+    if len(last) < 2:
+        return math.nan
+    means = [before[y][before[x] == value].mean() for value in last]
+    steps = np.log(row[x] / last[1]) / np.log(last[1] / last[0])
+    return means[1] * (means[1] / means[0]) ** steps
 
-def predicts_worse(law, other, x):
-    """Are its errors at the largest x larger than another law's? One-sided t at 5 % over seeds,
-    without seeds over rows."""
-    excess = law.held[x]["error"] - other.held[x]["error"]
-    excess = np.array([excess[rows].mean() for rows in indicators(law.held[x]["seed"])])
-    if len(excess) < 3:
-        return excess.mean() > 0
-    return ttest_1samp(excess, 0, alternative="greater").pvalue < .05
-
-# ---------------------------------------------------------------- the shapes that are compared
-def candidates(table, terms, a):
-    """{name: shape}, the law first: the one that --law names, or a grid's coupled one, or M1."""
-    added, grid = Shape(terms, not a.no_floor), "cap" in table
-    shapes = {"M2, terms coupled": replace(added, coupled=True)} if len(terms) > 1 else {}
-    shapes["M1, terms added"] = added
-    if grid and DATA in terms:
-        hours = replace(added, terms=(("data",), *terms[1:]), enough=1e9)
-        shapes |= {"M0, only hours in all count": hours,
-                   "MA, a term for each factor": replace(added, terms=tuple((x,) for x in added.x)),
-                   "MC, hours of a person count less and less": saturating(table, hours, a.y),
-                   "MC, coupled": saturating(
-                       table, replace(hours, coupled=len(terms) > 1), a.y)}
-    first = [name for name in shapes if name.startswith(a.law or ("" if grid else "M1"))]
-    require(first, f"--law {a.law}: name one of {', '.join(shapes)}")
-    law = shapes[first[0]]
-    shapes = {first[0]: law} | shapes
-    for x in law.x:                      # another curve in the place of its power law
-        floor = law.floor and (law.coupled or (x,) not in law.terms)     # a lone log needs none
-        shapes |= {f"logarithm in {x}": replace(law, curve=("logarithm", x), floor=floor),
-                   f"exponential in {x}": replace(law, curve=("exponential", x))}
-    return shapes
-
-def analyse(shown, terms, a):
-    """Fit the law of these terms and its alternatives to the rows of `shown` that are used; predict
-    the held-out ones; resample."""
-    table = take(shown, shown.get("used", slice(None)))
-    fixed = [x for x in sum(terms, ()) if len(np.unique(setting(table, x))) < 3]
-    terms = tuple(filter(None, [tuple(x for x in term if x not in fixed) for term in terms]))
-    require(not fixed or terms and "cap" in table,
-            f"{a.target} has too few values of {', '.join(fixed)}: an exponent needs 3, add runs")
-    for x in fixed:
-        print(f"note: {x} is left out of the law: an exponent needs 3 settings of it")
-    shapes = candidates(table, terms, a)
-    shape, *_ = shapes.values()
-    n, least = len(table[a.y]), max(5, *(shape.parameters for shape in shapes.values()))
-    require(n >= least, f"{a.target} has {n} rows, which are too few for a law of "
-            f"{', '.join(shape.x)}: it needs {least}, add runs")
-    columns = [x for x in dict.fromkeys([a.holdout, *shape.columns])
-               if x and sum(~largest(table, x)) >= least]
-    require(a.holdout in (None, *columns),
-            f"{a.target} has too few rows left without the largest {a.holdout}: add runs")
-    fits = {name: fit(table, candidate, a.y) for name, candidate in shapes.items()}
-    for fitted in fits.values():
-        fitted.held = {x: hold_out(table, fitted, a.y, x) for x in columns}
-    law, *_ = fits.values()
-    tables = resampled(table, a.y, a.bootstrap)
-    again = partial(fit, shape=shape, y=a.y, near=law)
-    with ProcessPoolExecutor(2) as pool:
-        laws = {"whole": [law]} | {kind: list(pool.map(again, tables[kind], chunksize=8))
-                                   for kind in tables if kind != "whole"}
-    return Study(shown, table, a.y, law, fits, tables, laws)
-
-# ---------------------------------------------------------------- verdicts
-def span(ci95):
-    if not ci95:
-        return "[no interval: it takes 3 seeds, or --bootstrap]"
-    return "[{:.4g}, {:.4g}]".format(*ci95) if ci95[1] < 1e6 * max(ci95[0], 1) else "[unbounded]"
-
-def verdict(claim, text, quantity, samples, scale="signed", against="", refuted=False):
-    """Decide a claim: the interval of a quantity lies above 0 (of a ratio, 1) or below it. Evidence
-    `against` it leaves it open, and so does the interval of a positive number that spans a decade
-    or touches 0. Without an interval nothing is claimed."""
-    result = estimate(quantity, samples, scale)
-    low, high = result["ci95"] or (-math.inf, math.inf)
-    null, decision = float(scale == "ratio"), "can't tell here"
-    if refuted and result["ci95"]:
-        decision = "doesn't hold"
-    elif not against and (scale not in ("positive", "ratio") or 1e-3 < low and high < 10 * low):
-        decision = "holds" if low > null else "doesn't hold" if high < null else decision
-    text = f"{claim}: {decision}. {text} {result['value']:.3g} {span(result['ci95'])}{against}"
-    if result["ci95_people"]:
-        text += f"; with other held-out people {span(result['ci95_people'])}"
-    return {**result, "decision": decision, "text": text}
-
-def power_law(study, x):
-    """Undecided if another curve has a lower AICc or predicts the largest x better; refuted if
-    both, but never by three settings, which any curve fits."""
-    law, refuted = study.law, False
-    against = "" if law.alpha(x) > 0 else f"; {study.y} doesn't fall with it"
-    for name in (f"logarithm in {x}", f"exponential in {x}"):
-        other = study.fits[name]
-        signs = [aicc(other) <= aicc(law), x in law.held and predicts_worse(law, other, x)]
-        against += f"; as good: {name}" if any(signs) else ""
-        refuted |= all(signs) and len(np.unique(setting(study.table, x))) > 3
-    return verdict(f"a power law in {x}", "Exponent", lambda law: law.alpha(x), study.laws,
-                   "positive", against, refuted)
-
-def slope(table, y, columns, groups):
-    """Least squares of log y on the columns and a constant for each group: the first slope."""
-    columns = np.vstack([*columns, *indicators(groups)]).T
-    return np.linalg.lstsq(columns, np.log(table[y]), rcond=None)[0][0]
-
-def slopes_apart(table, y):
-    """Users' log-slope minus hours', positive where users are worth more: the mean over seeds. At
-    equal hours in all, the slope on log users is that difference. Hours in all have a slope of
-    their own for each size, and a curvature: straight lines alone claim too much (coverage.md)."""
-    apart = []
-    for rows in grouped(table, "{seed}").values():
-        total, sizes = np.log(rows["hours"]), rows["params_encoder"]
-        columns = [np.log(rows["users"]), total ** 2, *total * indicators(sizes)]
-        apart.append(-slope(rows, y, columns, sizes))
-    return np.mean(apart)
-
-def users_or_hours(study):
-    centre = {x: np.sqrt([study.table[x].min() * study.table[x].max()]) for x in FACTORS}
-
-    def gain(law):
-        users, hours = (law.loss({**centre, x: 2 * centre[x]}).item() for x in DATA)
-        return hours / users
-    return {
-        "users_minus_hours_exponent": verdict(
-            "users are worth more than hours per user", "Difference of the log-slopes",
-            lambda rows: slopes_apart(rows, study.y), study.tables),
-        "twice_users_or_hours": verdict(
-            "twice the users beat twice the hours", "At the centre of the grid, loss with twice "
-            "the hours over loss with twice the users:", gain, study.laws, "ratio"),
-        "exponent_ratio": verdict(
-            "the next hour is worth more from a new user than from the same users", "Ratio a/b",
-            lambda law: (law.alpha("users") + 1e-9) / (law.alpha("hours_per_user") + 1e-9),
-            study.laws, "ratio")}
-
-def interaction(study):
-    """How much more log loss a tenfold larger model saves per doubling of the total hours, among
-    the runs of one draw of users."""
-    table, sizes = study.table, study.table["params_encoder"]
-
-    def gain(rows):
-        sizes, same_draw = rows["params_encoder"], labels(rows, "{users} {cap} {seed}")
-        columns = [np.log10(sizes) * np.log2(rows["hours"]), *indicators(sizes)[1:]]
-        return -slope(rows, study.y, columns, same_draw)
-    complete = np.isin(table["seed"], table["seed"][sizes == sizes.min()])     # all sizes run
-    added = study.fits["M1, terms added"]
-    worse = any(predicts_worse(study.law, added, x) for x in study.law.held)
-    return verdict("larger models need more data", "What a tenfold model saves in log loss grows, "
-                   "per doubling of the hours in all, by", gain, resampled(
-                       take(table, complete), study.y, len(study.tables) - 1), "signed",
-                   "; but uncoupled predicts better" if worse else "")
-
-def capacity(law, plan):
-    """The smallest model that no larger one beats by more than 1 %."""
-    sizes = np.append(np.geomspace(1e2, 1e11, 2000), 1e30)
-    losses = law.loss({**plan, "params_encoder": sizes})
-    return sizes[np.argmax(losses <= 1.01 * losses[-1])]
-
-def frontier(table):
-    """The lowest loss of any run at a given compute, whether the run had ended or was cut off; from
-    where the first run of the law has its minimum."""
-    runs = table["curve"]                # per run an array (2, evaluations): flops, loss
-    budgets = np.geomspace(min(flops[loss.argmin()] for flops, loss in runs[table["used"]]),
-                           max(flops[-1] for flops, _ in runs), 60)
-    losses = np.array([[loss[flops <= budget].min(initial=np.inf) for budget in budgets]
-                       for flops, loss in runs])
-    sizes = table["params_encoder"][losses.argmin(0)]
-    return {"flops": budgets, "loss": losses.min(0), "params_encoder": sizes}
-
-frontier_law = partial(fit, shape=Shape((("flops",),)), y="loss")
-
-def compute_frontier(study):
-    points = frontier(study.shown)
-    law, flops = frontier_law(points), np.log(points["flops"])
-    size = slope(points, "params_encoder", [flops], flops > 0)           # all are one group
-    several = np.ptp(points["params_encoder"]) > 0
-    text = f"Size grows as flops^{size:.2f}; exponent" if several else "Exponent"
-    return {**law.numbers(), "size_exponent": size, "points": points, **verdict(
-        "the lowest loss is a power law in compute", text,
-        lambda table: frontier_law(frontier(table)).alpha("flops"), resampled(
-            take(study.shown, np.isin(study.shown["seed"], study.table["seed"])), "",
-            len(study.tables) - 1), "positive")}
-
-def downstream(study, score):
-    """Does a benchmark's score follow the loss? Spearman's rank correlation."""
-    def follows(rows):
-        return -spearmanr(rows[study.y], rows[score])[0]
-    rows = take(study.table, np.isfinite(study.table[score]))
-    within = {size: follows(group) for size, group in grouped(rows, "{params_encoder:.0f}").items()
-              if len({*group[score]}) > 4}
-    text = f"Within a size {np.round([*within.values()], 2)}; over all"
-    return {"within_size": within, **verdict(f"{score}: higher where the loss is lower", text,
-                                             follows, resampled(rows, "", len(study.tables) - 1),
-                                             "correlation")}
-
-def verdicts_of(study):
-    table, shape = study.table, study.law.shape
-    verdicts = {f"power_law_of_{x}": power_law(study, x) for x in shape.x}
-    if "cap" not in table:               # no grid
-        return verdicts
-    if DATA in shape.terms:
-        verdicts |= users_or_hours(study)
-    if shape.coupled:
-        verdicts["capacity_interaction"] = interaction(study)
-    if "curve" in table:
-        verdicts["compute_frontier"] = compute_frontier(study)
-    return verdicts | {f"downstream_{key[:-9]}": downstream(study, key) for key in table
-                       if key.endswith("_macro_f1") and len({*table[key][table[key] >= 0]}) > 4}
-
+# ---- from here on: files, flags, figures
 # ---------------------------------------------------------------- tables
-def read_csv(path, needed):
-    """{column: (n,)} of a CSV file: numbers, or texts where a column has other texts. The columns
-    `needed` must be there, with numbers above 0."""
+WORDS = {"true": 1, "wahr": 1, "false": 0, "falsch": 0, "": math.nan}
+
+def as_number(text, mark):
+    """None for other texts. Where the separator isn't a comma, a comma may be a decimal one."""
+    text = text.strip().lower()
+    if text in WORDS:
+        return WORDS[text]
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            lines = [row for row in csv.reader(file, skipinitialspace=True) if row]
+        return float(text if mark == "," else text.replace(",", "."))
+    except ValueError:
+        return None
+
+def read_csv(path, needed, from_0=()):
+    """{column: (n,)} of a CSV file, a spreadsheet's, too: numbers, or else texts. Columns that are
+    needed have numbers above 0, or from 0 on."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        mark = next((mark for mark in ";\t" if mark in text.partition("\n")[0]), ",")
+        reader = csv.reader(text.splitlines(), delimiter=mark, skipinitialspace=True)
+        rows = {reader.line_num: row for row in reader if "".join(row).strip()}
     except (OSError, ValueError, csv.Error):
         raise UserError(f"{path} is no CSV table or folder of runs: name one") from None
-    require(len(lines) > 1, f"{path} has no rows: give a header and a line per row")
-    names, *rows = lines
-    require(len(set(names)) == len(names), f"{path} has a column twice in {names}: rename one")
-    for line, row in enumerate(rows, 2):
-        require(len(row) == len(names), f"{path}, line {line}: the header has {len(names)} fields")
-    table = dict(zip(names, np.array(rows).T))
-    for name, texts in table.items():
-        try:
-            table[name] = texts if name == "name" and name not in needed else texts.astype(float)
-        except ValueError as error:
-            require(name not in needed, f"{path}: '{name}' must be a number in each row; {error}")
-    for name in sorted(needed):
-        require(name in table, f"{path} has no column '{name}' (name factors by --x); it has "
-                f"{', '.join(names)[:200]}")
-        for line, value in enumerate(table[name], 2):
-            require(0 < value < math.inf, f"{path}, line {line}: '{name}' must be above 0, finite")
+    require(len(rows) > 1, f"{path} has no rows: give a header and a line per row")
+    names = rows.pop(min(rows))
+    for line, row in rows.items():
+        require(len(row) == len(names), f"{path}, line {line}: {len(row)} fields, but the header "
+                f"has {len(names)}")
+    require(len({*names}) == len(names), f"{path} has a column twice in {names}: rename one")
+    absent = [name for name in needed if name not in names]
+    require(not absent, f"{path} has no column {absent} (name factors by --x); it has "
+            f"{', '.join(names)[:200]}")
+    table = {}
+    for name, texts in zip(names, zip(*rows.values())):
+        values = [as_number(text, mark) for text in texts]
+        for line, text, value in zip(rows, texts, values):
+            fine = value is not None and (0 < value < math.inf or name in from_0 and value >= 0)
+            require(fine or name not in needed, f"{path}, line {line}: '{name}' is '{text}', but "
+                    "must be a number above 0")
+        table[name] = np.array(texts if None in values else values)
     return table
 
+# ---------------------------------------------------------------- a grid of runs
+SETTINGS = "users", "time", "params_encoder"           # time: hours of each, for a cap the mean
+MAY_DIFFER = {"users", "hours_per_user", "width", "depth", "heads", "seed", "steps"}
+FROM_0 = "seed", "converged", "hours_cap"
+NEEDED = "users", "hours_per_user", "hours", "params_encoder", "width", "depth", "heads", "loss"
+
 def read_cell(cell):
-    """Of a finished run: its config, its row of results.csv and its rows of curves.csv."""
-    result, name = read_json(cell / "result.json"), {"name": cell.name}
+    """A finished run's flags, and its row of results.csv."""
     try:
-        row = {key: result[key] for key in result if not isinstance(result[key], (dict, list))}
+        result = read_json(cell / "result.json")
+        row = {"name": cell.name}
+        row |= {key: value for key, value in result.items() if np.isscalar(value)}
         row["hours_cap"] = result["hours_cap"] or math.inf
         row |= {"person.{source}/{user}".format(**who): who["loss"] for who in result["people"]}
         for path in sorted(cell.glob("finetune/*-probe.json")):
-            scores, data = read_json(path), path.name.removesuffix("-probe.json")
-            row |= {f"{data}_{key}": scores[key] for key in ("macro_f1", "accuracy", "macro_f1_sd")}
-        return dict(result["config"]), name | row, [
-            name | {key: point[key] for key in ("step", "flops", "loss")}
-            for point in read_json(cell / "metrics.jsonl")]
-    except (LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{cell} has a damaged file ({error!r}): train this cell again") from None
+            data = path.name.removesuffix("-probe.json")
+            row |= {f"{data}_{key}": value for key, value in read_json(path).items()
+                    if isinstance(value, (int, float))}
+        require(all(row[key] > 0 for key in NEEDED), "a number isn't above 0")
+        return dict(result["config"]), row
+    except (LookupError, TypeError, ValueError, AttributeError, UserError) as error:
+        raise UserError(f"{cell} has a damaged file ({error!r}): delete it, run this cell again"
+                        ) from None
+
+def default(flag):
+    """What a run that doesn't name this flag had."""
+    from pretrain import build_parser                  # here, as it imports torch
+    return build_parser().get_default(flag)
 
 def collect(folder, out):
-    """Write results.csv (a row per finished run), curves.csv (a row per evaluation) into `out`."""
-    results, curves, first, configs = [], [], {}, {}
+    """Write results.csv, a row for each finished run, into `out`."""
+    flags, rows = {}, []
     for cell in sorted(folder.glob("*/")):
-        if not (cell / "result.json").is_file():
+        if (cell / "result.json").is_file():
+            flags[cell.name], row = read_cell(cell)
+            rows.append(row)
+        else:
             print(f"note: {cell.name} is not done and is left out")
-            continue
-        config, row, curve = read_cell(cell)
-        for key, value in config.items():
-            other = first.setdefault(key, value)
-            require(key in MAY_DIFFER or value == other, f"{folder} mixes configurations: {key} is "
-                    f"{value} in {cell.name}, and {other} in others: give each its own folder")
-        results.append(row)
-        curves += curve
-        configs[cell.name] = config
-    for key in first:
-        if older := [name for name, config in configs.items() if key not in config]:
-            print(f"note: {key} is {first[key]}, but these cells don't name it (older?):", *older)
-    require(results, f"{folder} has no finished run: train first")
-    for path, rows in ((out / "results.csv", results), (out / "curves.csv", curves)):
-        with replacing(path) as temporary, open(temporary, "w", newline="") as file:
-            columns = dict.fromkeys(key for row in rows for key in row)
-            writer = csv.DictWriter(file, columns, restval=math.nan)
-            writer.writeheader()
-            writer.writerows(rows)
+    require(rows, f"{folder} has no finished run: train first")
+    for key in {key for named in flags.values() for key in named} - MAY_DIFFER:
+        values = {cell: named[key] if key in named else default(key)
+                  for cell, named in flags.items()}
+        (first, usual), *others = values.items()
+        for cell, value in others:
+            require(value == usual, f"{folder} mixes configurations: {key} is {value} in {cell}, "
+                    f"{usual} in {first}: give each its own folder")
+    with replacing(out / "results.csv") as path, open(path, "w", newline="") as file:
+        columns = dict.fromkeys(key for row in rows for key in row)
+        writer = csv.DictWriter(file, columns, restval=math.nan)
+        writer.writeheader()
+        writer.writerows(rows)
     return out / "results.csv"
 
-def read_grid(path, needed, a):
-    """The columns of a results.csv; `used` (n,): the rows that a law is fitted to."""
-    table = read_csv(path, {*needed, "hours", "unexplained"})
-    for key, kind in {"name": "U", "converged": "U", "seed": "f", "hours_cap": "f"}.items():
-        require(key in table and table[key].dtype.kind == kind, f"{path}: '{key}' is missing or "
-                "damaged: collect the grid again, or give --x for a table of another kind")
-    table["cap"], names = table["hours_cap"], table["name"]
+def read_grid(path):
+    """The columns of a results.csv, and time; line, of equal hours; people (n, people)."""
+    table = read_csv(path, (*NEEDED, *FROM_0), FROM_0)
+    names = [*table.get("name", "")]
+    twice = {name for name in names if names.count(name) > 1}
+    require(not twice, f"{path} has {twice} twice: remove one")
+    caps = table["hours_cap"]
+    table["time"] = np.array([table["hours_per_user"][caps == cap].mean() for cap in caps])
+    table["line"] = lines(table)
     people = [values for key, values in table.items() if key.startswith("person.")]
-    if people and np.isfinite(people).all():               # all runs have the same people
+    if people and np.isfinite(people).all():           # all runs have the same people
         table["people"] = np.transpose(people)
-    if path.with_name("curves.csv").is_file():
-        curves = read_csv(path.with_name("curves.csv"), ("flops", "loss"))
-        points = np.array([curves["flops"], curves["loss"]])
-        runs = [points[:, curves["name"] == name] for name in names]     # (2, evaluations) each
-        if all(run.size for run in runs):
-            table["curve"] = np.fromiter(runs, object)
-    group = labels(table, "{users} {cap} {params_encoder}")
-    capped = np.char.upper(table["converged"]) != "TRUE"       # as spreadsheets write it
-    require(a.converged_only or not capped.any(), f"{', '.join(names[capped])} did not converge: "
-            "continue them with more --steps, or leave them out by --converged-only")
-    small = np.array([table["unexplained"][group == setting].mean() for setting in group]
-                     ) > a.max_unexplained                 # of a setting: single runs are noisy
-    for out, why in ((capped, "did not converge"), (small, "hardly learned (--max-unexplained)")):
-        if out.any():
-            print(f"note: not in the law: {sum(out)} of {len(names)} cells {why}:", *names[out])
-    return {**table, "used": ~capped & ~small}
+    return table
 
-# ---------------------------------------------------------------- a law in laws.json, and advice
-def summary(error):
+def grid_ranges(table):
+    """Of the numbers that this grid has settings for; none if it has too few for a law."""
+    users, times, sizes = (len({*table[x]}) for x in SETTINGS)
+    names = "ERAa" + "h" * (times > 1) + "Bc" * (sizes > 2)
+    data = {*zip(table["users"], table["time"])}
+    enough = users > 2 and len(data) > 4 + (times > 1)
+    return {name: GRID[name] for name in names if enough}
+
+def grid_study(path):
+    """The runs of a grid, and its laws[0]."""
+    table = read_grid(path)
+    tops = {x: table[x] == table[x].max() for x in SETTINGS}
+    ranges = {x: grid_ranges(take(table, ~top)) for x, top in tops.items()}
+    whole = grid_ranges(table)
+    tops = {x: top for x, top in tops.items() if ranges[x].keys() == whole.keys()}
+    models = map("{:.0f}x{:.0f}x{:.0f}".format, table["width"], table["depth"], table["heads"])
+    first = {"name": "grid", "form": FORM, "parameters": None, "noise": noise(table),
+             "models": dict(zip(models, table["params_encoder"])), "fits": [], "ci95": None, "held_out": {},
+             **rows_of(table, SETTINGS, "loss")}
+    if not whole:
+        print("note: no law: it takes three numbers of users, and six settings of users and time")
+        return table, first
+    law = Law(grid_law, whole, 1e9)
+    first |= analyse(law, table, "loss", SETTINGS, tops, without_each_seed(table))
+    held = first["held_out"]
+    first["held_out"] = {"hours_per_user" if x == "time" else x: held[x] for x in held}
+    return table, first | {"parameters": first["fits"][0]}
+
+FORM = "E + 1 / (1/s + 1/R), s = A N^-a + B P^-c, N = U h H / (H + h)"
+
+def noise(table):
+    """A run against the mean of the other seeds of its setting: rms of the relative difference."""
+    setting = numbered(*map(table.get, SETTINGS))
+    runs = [table["loss"][setting == one] for one in {*setting}]
+    off = [losses / without_each(losses) - 1 for losses in runs if len(losses) > 1]
+    return np.mean(np.hstack(off) ** 2) ** .5 if off else None
+
+# ---------------------------------------------------------------- any table
+HUBER = 1e-3
+
+def table_study(path, a):
+    """laws[0] of a table, whose rows, or whole groups, are resampled for intervals."""
+    factors = sum(a.x, ())
+    columns = {*factors, a.y, a.holdout or a.y}
+    table = read_csv(path, columns)
+    n, least = len(table[a.y]), len(a.x) + len(factors) + 2
+    require(n >= least, f"{path} has {n} rows; a law of {', '.join(factors)} needs {least}")
+    for x in factors:
+        require(len({*table[x]}) > 2, f"{path} has too few values of {x}: an exponent needs 3")
+    require(a.group in {None, *table}, f"{path} has no column '{a.group}'")
+    for name, values in table.items():
+        if values.dtype.kind == "U" and 1 < len({*values}) < n and not a.group:
+            print(f"note: {name} has {len({*values})} different texts in {n} rows: if those of one "
+                  f"belong together, the intervals are too narrow without --group {name}")
+    twice = n - len({*zip(*map(table.get, columns))})
+    if twice:
+        print(f"note: {twice} of {n} rows are there twice: leave them out if they are one run")
+    units = {x: math.exp(np.log(table[x]).mean()) for x in factors}
+    scaled = {x: table[x] / units.get(x, 1) for x in columns}
+    groups = numbered(table[a.group]) if a.group else np.arange(n)
+    rows = [np.flatnonzero(groups == group) for group in range(max(groups) + 1)]
+    draws = np.random.default_rng(0).integers(len(rows), size=(a.bootstrap, len(rows)))
+    resampled = [take(scaled, np.hstack([rows[i] for i in drawn])) for drawn in draws]
+    tops = {}
+    if a.holdout:
+        held = table[a.holdout]
+        tops = {a.holdout: held >= min(held.max() / 1.1, np.quantile(held, .9))}
+        require(sum(~tops[a.holdout]) >= least, f"{path} has too few rows without the largest "
+                f"{a.holdout}: add some")
+    law = Law(table_law, table_ranges(scaled, a.y, a.x, not a.no_floor), HUBER)
+    first = analyse(law, scaled, a.y, factors, tops, resampled, units)
+    form = " + ".join(["E"] + [f"A {'^-alpha '.join(term)}^-alpha" for term in a.x])
+    return {"name": "table", "x": factors, "terms": a.x, "form": form, **first,
+            **rows_of(table, factors, a.y), **lists(first["fits"][0]),
+            "ci95": first["ci95"] and lists(first["ci95"]),
+            "holdout": a.holdout and {"column": a.holdout, **first["held_out"][a.holdout]}}
+
+def lists(numbers):
+    """{"E", "A": one a term, "alpha": one a factor} of named numbers, or of their intervals."""
+    kinds = [[numbers[name] for name in numbers if name.startswith(kind)]
+             for kind in ("E", "A ", "alpha ")]
+    return {"E": (kinds[0] or [0.])[0], "A": kinds[1], "alpha": kinds[2]}
+
+# ---------------------------------------------------------------- laws.json
+def rows_of(table, settings, y):
+    return {"y": y, "n": len(table[y]), "rows": {x: table[x] for x in (*settings, y)}}
+
+def analyse(law, table, y, settings, tops, resampled, units={}):
+    """What laws.json says of either law. tops: {column: where it is largest, (n,)}."""
+    whole, held = fit(law, table, y), {}
+    residuals = np.log(table[y] / law.formula(table, **whole))
+    small = np.clip(residuals, -HUBER, HUBER)
+    for x, top in tops.items():
+        rows, rest = take(table, top), take(table, ~top)
+        errors = {who: errors_of(predicted, rows[y]) for who, predicted
+                  in forecasts(rest, rows, y, settings, x).items()}
+        predicted = law.formula(rows, **fit(law, rest, y))
+        held[x] = {**errors_of(predicted, rows[y]), "forecasters": errors}
+    fits = [whole, *(fit(law, rows, y, whole) for rows in resampled)]
+    for numbers in fits:                               # an A is its term where all factors are 1
+        for name in filter(lambda name: name.startswith("A "), numbers):
+            powers = [units[x] ** numbers[f"alpha {x}"] for x in name[2:].split("*")]
+            numbers[name] *= min(math.prod(powers), 1e300)
+    logs = np.array([low > 0 for low, *_ in law.ranges.values()])
+    values = np.array([[*numbers.values()] for numbers in fits])
+    ends = ends_of(np.where(logs, np.log(np.maximum(values, 1e-300)), values), units)
+    if ends is not None:
+        ends = np.maximum(np.where(logs, np.exp(np.minimum(ends, 690)), ends), 0).T.tolist()
+    return {"fits": fits[:201], "ci95": ends and dict(zip(whole, ends)), "held_out": held,
+            "rms": np.mean(residuals ** 2) ** .5,
+            "objective": (small * (residuals - small / 2)).sum()}
+
+def ends_of(values, rows):
+    """95 % of values (k, ...), the first from the whole table: percentiles if rows were resampled,
+    else by the seeds left out; None if there are too few."""
+    if rows:
+        return np.percentile(values[1:], [2.5, 97.5], axis=0) if len(values) > 1 else None
+    return interval(values[0], values[1:])
+
+def errors_of(predicted, measured):
+    error = abs(predicted / measured - 1)
+    error = error[np.isfinite(error)]
     return {"n": len(error), "median_relative_error": np.median(error),
-            "worst_relative_error": error.max(), "rms_relative_error": np.sqrt(np.mean(error ** 2))}
-
-def entry(study, name):
-    """A law as laws.json has it; the first one with its intervals and the fits behind them."""
-    law, table = study.fits[name], study.table
-    shape, n, numbers = law.shape, len(law.residuals), law.numbers()
-
-    alpha, power = ("(alpha/delta)", "^(1/delta)") if shape.coupled else ("alpha", "")
-    forms = {x: f"{x}^-{alpha}" for x in shape.x}
-    if shape.curve:
-        x, middle = shape.curve[1], law.middle[shape.x.index(shape.curve[1])]
-        forms[x] = (f"exp(-{alpha} {x})" if "exponential" in shape.curve else
-                    f"(1 - alpha log({x} / {math.exp(middle):.4g})){power}")
-    terms = " + ".join(f"A {' '.join(forms[x] for x in term)}" for term in shape.terms)
-    form = ("E + " if shape.floor else "") + (f"({terms})^delta" if shape.coupled else terms)
-    form += "; data = users / (1/hours_per_user + 1/enough)" if shape.enough else ""
-    held = {x: {"column": x, **summary(rows["error"])} for x, rows in law.held.items()}
-    result = {"name": name, "x": shape.x, "terms": shape.terms, "y": study.y, "form": form,
-              **numbers, "enough": shape.enough, "ci95": None, "objective": law.objective, "n": n,
-              "aicc": aicc(law), "holdout": next(iter(held.values()), None), "held_out": held}
-    if law is study.law:
-        around = {key: estimate(lambda law: law.numbers()[key], study.laws,
-                                "ratio" if key in ("A", "delta") else "signed") for key in numbers}
-        result |= {kind: {key: interval[kind] for key, interval in around.items()}
-                   for kind in ("ci95", "ci95_people") if around["E"][kind]}
-        spread = (law.residuals ** 2).sum() / max(n - shape.parameters, 1)
-        result |= {"scatter": 1.96 * math.sqrt(spread),
-                   "range": {x: [min(table[x]), max(table[x])] for x in shape.columns},
-                   "scaling": [law.middle, law.half, law.unit],
-                   "thetas": {kind: [resample.theta for resample in laws[:200]]
-                              for kind, laws in study.laws.items()}}
-    return result
-
-def report(study, entries, verdicts):
-    first = entries[0]
-    print("\n{y} = {form}   ({n} rows, objective {objective:.9g})".format(**first))
-    for key, value in study.law.numbers().items():
-        ends = (first["ci95"] or {}).get(key, [])
-        print(f"  {key:6}", *(np.array2string(np.array(v), precision=4) for v in (value, *ends)))
-    print(f"{'':44} AICc, rms error at the largest", *first["held_out"])
-    for law in entries:
-        print("  {name:42} {aicc:7.1f}".format(**law), *[
-            "{rms_relative_error:7.1%}".format(**errors) for errors in law["held_out"].values()])
-    print(*[f"- {verdict['text']}" for verdict in verdicts.values()], sep="\n")
+            "worst_relative_error": error.max(),
+            "rms_relative_error": np.mean(error ** 2) ** .5} if len(error) else None
 
 def read_law(path):
-    """From a laws.json: its first law, that law's fits to the resampled tables, the verdicts."""
-    content = read_json(path)
+    """Of a laws.json: laws[0], its formula, the rows that it was fitted to, the verdicts."""
     try:
-        first, verdicts = content["laws"][0], content["verdicts"]
-        shape = Shape(tuple(map(tuple, first["terms"])), True, "delta" in first, first["enough"])
-        laws = {kind: [Fit(shape, np.array(theta), *first["scaling"]) for theta in thetas]
-                for kind, thetas in first["thetas"].items()}
-        laws["whole"][0].numbers(), first["range"], first["scatter"]           # what is used later
+        content = read_json(path)
+        first = content["laws"][0]
+        formula = {"grid": grid_law, "table": table_law}[first["name"]]
+        rows = {x: np.array(values, float) for x, values in first["rows"].items()}
+        fits, verdicts = first["fits"], content["verdicts"]
     except (LookupError, TypeError, ValueError, AttributeError):
-        raise UserError(f"{path} is not a laws.json of this program's version: fit again") from None
-    return first, laws, verdicts
+        raise UserError(f"{path} is no laws.json of this program: fit again") from None
+    require(fits, f"{path} has no law, as its grid has too few settings: add some and fit again")
+    return first, formula, rows, verdicts
 
-def expected(first, laws, table):
-    """The loss of each row, and the band of 95 % of single runs: the law's interval and scatter."""
-    result = estimate(lambda law: law.loss(table), laws, "ratio")
-    losses = np.array(result["value"])[:, None]
-    around = np.log(np.array(result["ci95"] or losses * [1, 1]) / losses)
-    return losses[:, 0], losses * np.exp(np.hypot(around, first["scatter"]) * [-1, 1])
-
-def recommend(path, plan):
-    """Which model fits a plan, what loss to expect, and whom to record next."""
-    first, laws, verdicts = read_law(path)
-    ranges = first["range"]
-    plan = {x: value for x, value in plan.items() if x in ranges}
-    require(plan and set(ranges) <= set(FACTORS) and all(value > 0 for value in plan.values()),
-            f"{path} has a law of {', '.join(ranges)}; --recommend needs one of users and hours, "
-            "and --users and --hours-per-user above 0")
-    if "params_encoder" in ranges:
-        size = estimate(lambda law: capacity(law, plan), laws, "ratio")
-        plan["params_encoder"] = np.clip(size["value"], *ranges["params_encoder"])
-        print(f"capacity: {size['value']:.3g} encoder parameters {span(size['ci95'])}; no larger "
-              f"model gains more than 1 %; train {plan['params_encoder']:.3g}")
-    (loss,), (band,) = expected(first, laws, {x: np.array([plan[x]]) for x in plan})
-    print(f"expected loss: {loss:.4f}, 95 % of single runs within {span(band.tolist())}")
-    if "exponent_ratio" in verdicts:
-        print(verdicts["exponent_ratio"]["text"])
-    for x, (low, high) in ranges.items():
-        if not low <= plan[x] <= high:
-            print(f"note: {x} {plan[x]:g} is extrapolated, the grid has {low:g} to {high:g}")
+def expected(first, formula, table):
+    """The loss of each row (n,) and the band of 95 % of single runs (2, n): the law's interval, and
+    the runs' scatter about it, of which those of one draw of people share some."""
+    logs = np.log([formula(table, **numbers) for numbers in first["fits"]])
+    ends = ends_of(logs, first["name"] == "table")
+    law = np.zeros((2, 1)) if ends is None else ends - logs[0]
+    free = first["n"] - len(first["fits"][0])
+    scatter = 1.96 * first["rms"] * math.sqrt(first["n"] / free)
+    return np.exp(logs[0]), np.exp(logs[0] + np.hypot(law, scatter) * [[-1], [1]])
 
 def predict(path, cells, out):
-    """Predict each row of a CSV; where y is measured in all of them, report the error."""
-    first, laws, _ = read_law(path)
-    table = read_csv(cells, first["range"])
-    losses, bands = expected(first, laws, table)
-    result = {"law": str(path), "provenance": provenance(), "cells": [
-        {"name": name, "loss": loss, "single_run": band}
-        for name, loss, band in zip(table.get("name", losses), losses, bands)]}
-    measured = table.get(first["y"])
-    if measured is None or measured.dtype != float:
+    """Predict each row of a CSV; where y is measured in all of them, report the errors."""
+    first, formula, rows, _ = read_law(path)
+    *settings, y = rows
+    table = read_csv(cells, ["hours_per_user" if x == "time" else x for x in settings])
+    table["time"] = table.get("hours_per_user", table[settings[0]])
+    losses, band = expected(first, formula, table)
+    predicted = {"law": losses, **forecasts(rows, table, y, settings, settings[0])}
+    result = {"law": path.name, "provenance": provenance(), "cells": []}
+    for i, name in enumerate(table.get("name", losses)):
+        values = {who: each[i] if np.isfinite(each[i]) else None
+                  for who, each in predicted.items()}
+        result["cells"].append({"name": str(name), "loss": values.pop("law"),
+                                "single_run": band[:, i], "forecasters": values})
+    measured = table.get(y, np.array(""))
+    if measured.dtype.kind == "U":
         return write_json(out / "prediction.json", result)
-    require((measured > 0).all(), f"{cells}: '{first['y']}' must be above 0 in all rows or missing")
-    inside = np.mean((bands[:, 0] <= measured) & (measured <= bands[:, 1]))
-    result |= {**summary(abs(losses / measured - 1)), "inside": inside, "measured": measured}
-    print("median error {median_relative_error:.2%}, worst {worst_relative_error:.2%}, "
-          "{inside:.0%} inside the band".format(**result))
-    write_json(out / "outcome.json", result)
+    require((measured > 0).all(), f"{cells}: '{y}' must be above 0 in all rows or missing")
+    errors = {who: errors_of(each, measured) for who, each in predicted.items()}
+    inside = np.mean((band[0] <= measured) & (measured <= band[1]))
+    for who, error in errors.items():
+        print(f"{who:22}", *(f"{key} {value:.4g}" for key, value in (error or {}).items()))
+    print(f"{inside:.0%} of {len(measured)} runs inside the band")
+    write_json(out / "outcome.json", {**result, **errors.pop("law"), "forecasters": errors,
+                                      "inside": inside, "measured": measured})
+
+# ---------------------------------------------------------------- advice
+def budget(hours, setup, h):
+    """users (H + setup) = hours: effective hours are most at H = sqrt(h setup), for whole users."""
+    users = max(1, math.floor(hours / (math.sqrt(h * setup) + setup)))
+    plans = [(n, hours / n - setup) for n in (users, users + 1)]
+    return max(plans, key=lambda plan: plan[0] / (1 + h / max(plan[1], 1e-9)))
+
+def recommend(path, a):
+    """The best plan for a budget; for a plan the model, the loss, whom to record next."""
+    first, formula, rows, verdicts = read_law(path)
+    plan = a.users, a.hours_per_user
+    require(first["name"] == "grid" and all(plan) or a.hours and (a.setup or math.inf) < a.hours,
+            "--recommend takes a grid's laws.json, and --users and --hours-per-user, or --hours "
+            "and a smaller --setup")
+    if a.hours:
+        values = first["parameters"].get("h", 1e3), *(first["ci95"] or {}).get("h", [])
+        plan, *ends = (budget(a.hours, a.setup, h) for h in values)
+        decided = verdicts["hours_saturate"]["decision"] == "holds"
+        best, *ends = (f"{n} people, {duration(each)} of each" for n, each in (plan, *ends))
+        print(f"{best} (95 %: from {', to '.join(ends)})." if decided else "Not decided by this "
+              f"grid: it needs longer recordings, or more seeds. A guess: {best}.")
+    names, sizes = zip(*sorted(first["models"].items(), key=lambda model: model[1]))
+    cells = {"users": plan[0], "hours_per_user": plan[1], "params_encoder": np.array(sizes)}
+    losses, band = expected(first, formula, cells)
+    best = np.argmax(losses < 1.01 * losses.min())
+    print(f"Model {names[best]}: no larger one of the grid gains more than 1 %. Expected loss "
+          f"{losses[best]:.4f}, 95 % of runs {band[0, best]:.4f} to {band[1, best]:.4f}.")
+    print(verdicts["users_minus_hours_exponent"]["text"])
+    for x, value in zip(("users", "time"), plan):
+        low, high = min(rows[x]), max(rows[x])
+        if not .99 * low <= value <= 1.01 * high:
+            print(f"note: {x} {value:.3g} is extrapolated, the grid has {low:.3g} to {high:.3g}")
+
+def duration(hours):
+    """As one says it: 50 s, 13 min, 2.5 h."""
+    if hours > 2.95:
+        return f"{hours:.2g} h"
+    whole = abs(hours * 60 - round(hours * 60)) < .02
+    return f"{hours * 60:.0f} min" if hours > .16 or whole else f"{hours * 3600:.0f} s"
+
+# ---------------------------------------------------------------- verdicts
+def verdict(question, answers, value, ci95, margin=None, **more):
+    """A claim holds if its margin, by default the interval, is above 0; it fails if it is below.
+    answers: when it holds, when it fails, and when neither."""
+    low, high = margin or ci95 or (0, 0)
+    which = 0 if low > 0 else 1 if high < 0 else 2
+    open_ = "Not decided by this grid: it needs more seeds or users."
+    if ci95 is None:
+        open_ = "Not decided: an interval takes three seeds with runs to compare."
+    return {"value": value, "ci95": ci95, "text": f"{question} {(*answers, open_)[which]}",
+            "decision": ("holds", "doesn't hold", "can't tell here")[which], **more}
+
+def over_seeds(question, answers, values, **more):
+    value = values.mean() if len(values) else None
+    return verdict(question, answers, value, interval(value, without_each(values)), **more)
+
+def users_or_hours(table):
+    """At equal hours in all: each seed, each held-out person, neighbours on a line."""
+    values, people = users_save(table, table["loss"]), table.get("people", np.zeros((0, 0))).T
+    if not len(values):
+        people = people[:0]
+    each = [users_save(table, losses).mean() for losses in people]
+    rest = [users_save(table, losses).mean() for losses in without_each(people)]
+    pairs = []
+    for line in {*table["line"]}:
+        users = np.unique(table["users"][table["line"] == line])
+        for few, many in zip(users, users[1:]):
+            both = take(table, (table["line"] == line) & np.isin(table["users"], (few, many)))
+            gains = users_save(both, both["loss"])
+            pairs += [(many / few, gains.mean())] if len(gains) else []
+    times = min(pairs, default=(2, 0))[0]              # twice the people, in most grids
+    won = [bool(gain > 0) for step, gain in pairs if step < 1.05 * times]
+    positive = sum(bool(gain > 0) for gain in each)
+    twice = "twice" if abs(times - 2) < .1 else f"{times:.2g} times"
+    text = (f"At equal hours in all, {twice} the people, recorded for less time each, had the "
+            f"lower loss in {sum(won)} of {len(won)} pairs of settings, and for {positive} of "
+            f"{len(each)} held-out people.")
+    return over_seeds(
+        "More people, or longer recordings of each?",
+        (f"More people. {text}", f"Longer recordings. {text}"), values,
+        ci95_people=interval(values.mean(), without_each(values), rest) if each else None,
+        people={"positive": positive, "of": len(each)},
+        pairs={"won": sum(won), "of": len(won), "times": times})
+
+def verdicts_of(table, first):
+    """{claim: its verdict}, the central ones first."""
+    loss, users, time = (np.log(table[x]) for x in ("loss", "users", "time"))
+    size, seeds, longest = table["params_encoder"], table["seed"], table["time"].max()
+    people = saved(loss, users, seeds, numbered(time, size))
+    times = saved(loss, time, seeds, numbered(users, size))
+    more = saved(loss, np.log10(size) * np.log2(table["hours"]), seeds, numbered(users, time), size)
+    less = [f"{1 - 2 ** -values.mean():.0%}" if len(values) else "" for values in (people, times)]
+    h, ends = ((first[key] or {}).get("h") for key in ("parameters", "ci95"))
+    held, margin = first["held_out"].get("users"), None
+    if held:
+        _, *straight = (error["rms_relative_error"] if error else math.nan
+                        for error in held["forecasters"].values())
+        margin = [error - held["rms_relative_error"] for error in sorted(straight)]
+    verdicts = {
+        "more_people": over_seeds("Do more people help?", (
+            f"Yes: twice the people have {less[0]} less loss.", "No."), people),
+        "longer_recordings": over_seeds("Do longer recordings help?", (
+            f"Yes: twice as long, the same people have {less[1]} less loss.", "No."), times),
+        "users_minus_hours_exponent": users_or_hours(table),
+        "hours_saturate": verdict("Do the hours of one person run out?", (
+            f"Yes: they count half after {60 * (h or 0):.2g} minutes.", f"Not within {duration(longest)}."),
+            h, ends, ends and [3 * longest - ends[1], 3 * longest - ends[0]]),
+        "power_law": verdict("Does the law predict the largest number of users?", (
+            "Yes, better than straight lines do.", "No, straight lines do it better.",
+            "Not decided: it takes four numbers of users, and to be better than both lines."),
+            margin and margin[0], None, margin),
+        "capacity_interaction": over_seeds("Do larger models gain more from more data?", (
+            "Yes.", "No, they gain less."), more)}
+    for score in table:
+        if score.endswith("_macro_f1"):
+            name, rows = score.removesuffix("_macro_f1"), np.isfinite(table[score])
+            verdicts[f"downstream_{name}"] = over_seeds(
+                f"Does the score on {name} rise as the loss falls?", ("Yes.", "No, it falls."),
+                saved(table[score][rows], loss[rows], seeds[rows], rows[rows]))
+    return verdicts
+
+def main_model(table):
+    """The runs of the model that has most of them."""
+    sizes, counts = np.unique(table["params_encoder"], return_counts=True)
+    return take(table, table["params_encoder"] == sizes[counts.argmax()])
+
+def show(first):
+    """The law and its numbers."""
+    print(f"{first['y']} = {first['form']}   ({first['n']} rows)")
+    numbers = first.get("parameters") or {name: first[name] for name in ("E", "A", "alpha")
+                                          if name in first}
+    for name, value in numbers.items():
+        ends = (first["ci95"] or {}).get(name, "no interval")
+        print(f"  {name:6}{np.array2string(np.array(value), precision=4)}  "
+              f"{ends if ends == 'no interval' else np.array2string(np.array(ends), precision=4)}")
+
+def screen(table, verdicts, out):
+    """What a sweep ends with."""
+    runs = main_model(table)
+    times = np.unique(runs["time"])
+    print("\nMean loss, users down, recorded of each across:")
+    print(f"{'':8}", *(f"{duration(time):>8}" for time in times))
+    for users in np.unique(runs["users"]):
+        cells = [runs["loss"][(runs["users"] == users) & (runs["time"] == time)] for time in times]
+        print(f"{users:8.0f}", *(f"{cell.mean():8.4f}" if len(cell) else f"{'-':>8}"
+                                 for cell in cells))
+    print("", *(f"- {verdict['text']}" for verdict in verdicts.values()), "", sep="\n")
+    print(f"Open {out / 'loss_vs_users.png'}; numbers and intervals are in {out / 'laws.json'}.")
+    print(f"Next: python fit_laws.py {out / 'laws.json'} --recommend --hours 20 --setup 0.5")
 
 # ---------------------------------------------------------------- figures
-COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split() * 9   # Okabe and Ito
-LABELS = {"hours_per_user": "hours of each user", "params_encoder": "encoder parameters",
-          "hours": "hours in all", "flops": "compute of the training, FLOPs",
-          "loss": "loss on held-out people"}
+LOSS = "loss on held-out people"
 
-def panels(n):
-    """The axes of n panels, side by side."""
-    from matplotlib.figure import Figure     # here, so that --help and errors come fast
-    size = (7, 5) if n == 1 else (3.6 * n, 4.5)
-    return Figure(size, layout="constrained").subplots(1, n, sharey=True, squeeze=False)[0]
+def panels(titles, xlabel, ylabel):
+    """Axes side by side, one a title."""
+    from matplotlib.figure import Figure               # here, so that errors come fast
+    figure = Figure((3 + 4 * len(titles), 5), layout="constrained")
+    found = figure.subplots(1, len(titles), squeeze=False)[0]
+    for ax, title in zip(found, titles):
+        ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        ax.spines[["top", "right"]].set_visible(False)
+    return found
 
-def draw(title, x, y, groups, law=None, ax=None):
-    """Points of each group (empty: left out of the law); with a law its lines, named at the end."""
-    ax = ax or panels(1)[0]
-    ax.set(title=title, xlabel=LABELS.get(x, x), ylabel=LABELS.get(y, y))
-    ax.spines[["top", "right"]].set_visible(False)
-    if law:
-        ax.set_xscale("log")
-    if x in FACTORS:
-        ticks = np.unique(np.concatenate([setting(rows, x) for rows in groups.values()]))
-        ax.set_xticks(ticks, [f"{tick:,.7g}" for tick in ticks])
-        ax.minorticks_off()
+def curves(title, xlabel, x, table, labels, fits):
+    """Means over seeds with their error against x, a colour and a curve of the law for each label;
+    open where --steps ended a run."""
+    from matplotlib import colormaps
+    from matplotlib.ticker import MaxNLocator
+    ax, = panels([title], xlabel, LOSS)
+    ax.set(xscale="log", yscale="log")
+    kinds = [labels[i] for i in np.argsort(table["hours"], kind="stable")]
+    kinds = [kind for kind in dict.fromkeys(kinds) if len({*table[x][labels == kind]}) > 1]
     ends = []
-    for (name, rows), colour in zip(groups.items(), COLOURS):
-        line = take(rows, np.unique(setting(rows, x), return_index=True)[1])
-        if law and len(line[x]) < 2:
-            continue
-        filled = np.where(rows.get("used", rows[x] > 0), colour, "white")
-        ax.scatter(rows[x], rows[y], 12, filled, edgecolors=colour, linewidths=.7, label=name)
-        if law:
-            losses = law.loss(line)
-            ax.plot(line[x], losses, color=colour)
-            ends.append((losses[-1], line[x][-1], name, colour))
-    height, gap = -math.inf, np.ptp(ax.get_ylim()) / 25
-    for end, right, name, colour in sorted(ends):          # names don't overlap
-        height = max(end, height + gap)
-        ax.text(right, height, f"  {name}", color=colour, fontsize=8, va="center")
-    if not law:
-        ax.legend(frameon=False)
+    for i, kind in enumerate(kinds):
+        colour, line = colormaps["viridis"](.9 * i / len(kinds)), take(table, labels == kind)
+        places, first = np.unique(line[x], return_index=True)
+        cells = [take(line, line[x] == place) for place in places]
+        means = [cell["loss"].mean() for cell in cells]
+        for place, cell, mean in zip(places, cells, means):
+            fill = colour if cell["converged"].all() else "white"
+            error = cell["loss"].std() / max(len(cell["loss"]) - 1, 1) ** .5
+            ax.errorbar(place, mean, error, fmt="o", color=colour, markerfacecolor=fill)
+        law = grid_law(take(line, first), **fits[0]) if fits else means
+        ax.plot(places, law, color=colour)
+        ends.append((law[-1], places[-1], kind, colour))
+    height, (low, high) = 0, ax.get_ylim()
+    for loss, place, kind, colour in sorted(ends):     # labels don't collide
+        height = max(loss, height * (high / low) ** .045)
+        ax.text(place * 1.05, height, kind, color=colour, va="center")
+    ax.set_xticks(np.unique(table[x]))
+    ax.yaxis.set_major_locator(MaxNLocator(7))
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter("{x:,.6g}")
+        axis.set_ticks([], minor=True)
     return ax
 
-def figures(study):
-    """Yields (name, axes): of a grid those factors that vary, and all of its cells are shown."""
-    measured, law, y = study.table[study.y], study.law, study.y
-    fits = {"fitted to": {"measured": measured, "predicted": law.loss(study.table)}, **{
-        f"largest {LABELS.get(x, x)}, held out": rows for x, rows in law.held.items()}}
-    ax = draw("The law against the runs", "measured", "predicted", fits)
-    ax.axline([measured[0]] * 2, slope=1, color="black", lw=1)
-    yield "fit", ax
-    if "used" not in study.shown:        # no grid
-        return
-    shown = take(study.shown, np.lexsort([study.shown[x] for x in FACTORS[::-1]]))
-    sizes = shown["params_encoder"]
-    main = take(shown, sizes == np.quantile(sizes, .5, method="nearest"))
-    for name, title, x, rows, label in (
-            ("loss_vs_users", "More people, as long each", "users", main, "{cap:.2g} h each"),
-            ("users_vs_hours", "As many hours, of more people", "users", main,
-             "{hours:.2g} h in all"),
-            ("loss_vs_params", "Larger models on the same data", "params_encoder", shown,
-             "{users:g} users, {cap:.2g} h")):
-        lines = {text: line for text, line in grouped(rows, label).items()
-                 if np.ptp(setting(line, x))}              # a line takes two settings
-        if lines and x in law.shape.columns:
-            yield name, draw(title, x, y, lines, law)
-    if "hours_per_user" in law.shape.columns:              # a panel for each number of users
-        counts, models = np.unique(shown["users"]), grouped(shown, "{params_encoder:,.0f}")
-        for users, ax in zip(counts, panels(len(counts))):
-            rows = {size: take(runs, runs["users"] == users) for size, runs in models.items()}
-            draw(f"{users:g} users", "hours_per_user", y, rows, law, ax).label_outer()
-        yield "loss_vs_hours", ax
-    for score in shown:
-        if score.endswith("_macro_f1"):
-            yield score, draw("A linear probe's score against the loss", y, score,
-                              grouped(shown, "{params_encoder:,.0f} parameters"))
-    if "curve" in shown:
-        points = frontier(shown)
-        ax = draw("The lowest loss for a given compute (grey: all evaluations)", "flops", "loss",
-                  grouped(points, "{params_encoder:,.0f} parameters"), frontier_law(points))
-        ax.plot(*np.hstack(list(shown["curve"])), ",", color="grey", zorder=0)
-        yield "frontier", ax
-    if law.shape.coupled:
-        yield from capacity_figure(study)
-
-def capacity_figure(study):
-    """The capacity that fits the data of each cell: a bar where its interval spans less than a
-    decade; no figure if there is no such cell."""
-    bars = []
-    for rows in grouped(study.table, "{users} {cap}").values():
-        plan = {x: rows[x][0] for x in DATA}
-        ci95 = estimate(lambda law: capacity(law, plan), study.laws, "ratio")["ci95"]
-        if ci95 and ci95[1] < 10 * ci95[0]:
-            bars.append((rows["hours"][0], *ci95))
-    if bars:
-        ax = draw("The smallest model that no larger one beats by 1 %: bars of 95 %", "hours",
-                  "params_encoder", {"runs": study.table})
-        hours, *ends = zip(*bars)
-        ax.plot([hours, hours], ends, color=COLOURS[1], lw=3)
-        ax.set(xscale="log", yscale="log")
-        yield "capacity", ax
+def figures(table, first):
+    """Yields (name, axes)."""
+    runs = main_model(table)
+    data = [f"{users:.0f} people, {duration(time)}"
+            for users, time in zip(table["users"], table["time"])]
+    for name, title, xlabel, x, rows, labels in (
+            ("loss_vs_users", "More people", "people", "users", runs,
+             [f"{duration(time)} of each" for time in runs["time"]]),
+            ("equal_hours", "More people, the same hours in all", "people", "users", runs,
+             [f"{duration(hours)} in all" for hours in runs["hours"]]),
+            ("loss_vs_params", "Larger models", "parameters of the encoder", "params_encoder",
+             table, data)):
+        if len({*rows[x]}) > 1:
+            yield name, curves(title, xlabel, x, rows, np.array(labels), first["fits"])
+    held = first["held_out"]
+    if held:
+        ax, = panels(["Predicted from all others"], "", "error of the loss (rms)")
+        for i, who in enumerate(["law", *next(iter(held.values()))["forecasters"]]):
+            errors = [one if who == "law" else one["forecasters"][who] for one in held.values()]
+            heights = [error["rms_relative_error"] if error else 0 for error in errors]
+            ax.bar(np.arange(len(held)) + i / 5, heights, .18, label=who)
+        ax.axhline(first["noise"] or 0, color="black", ls=":", label="a run, from its other seeds")
+        names = {"users": "most people", "hours_per_user": "longest recordings"}
+        ax.set_xticks(np.arange(len(held)) + .3, [names.get(x, "largest model") for x in held])
+        ax.yaxis.set_major_formatter(lambda error, _: f"{error:.0%}")
+        ax.legend(frameon=False)
+        yield "predicted", ax
+    scores = [score for score in table if score.endswith("_macro_f1")]
+    if scores:
+        axes = panels(scores, LOSS, "macro-F1 of a linear probe")
+        for ax, score in zip(axes, scores):
+            ax.scatter(table["loss"], table[score], 15, np.log(table["params_encoder"]))
+        yield "downstream", axes[0]
 
 # ---------------------------------------------------------------- the command line
 def main():
@@ -760,49 +689,44 @@ def main():
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("target", type=Path, help="folder of runs, a grid's results.csv, a table, or a laws.json")
-    add("--out", type=Path, help="folder for laws.json, the figures and a grid's tables")
+    add("--out", type=Path, help="folder for laws.json, the figures and a grid's table")
     add("--x", nargs="+", metavar="TERM", type=lambda term: tuple(term.split("*")),
         help="columns of a table; those joined by * share a term")
     add("--y", default="loss", help="the column to explain (default: loss)")
     add("--no-floor", action="store_true", help="E is 0: with enough data any loss can be reached")
-    add("--law", default="", metavar="NAME", help="the shape to use, by the start of its name: M0, "
-        "M1, M2, MA or MC (default: M2 for a grid; results/coverage.md says why)")
-    add("--holdout", metavar="COLUMN", help="predict the rows where it is largest, too, and first "
-        "(default: those of each factor)")
-    add("--bootstrap", type=number(int, 0), default=1000, help="resampled tables for the "
-        "intervals, or 0; with seeds, each seed is left out once instead (default: 1000)")
-    add("--converged-only", action="store_true", help="leave out cells that --steps cut off")
-    add("--max-unexplained", type=number(float, 0), default=.93, help="settings (users x hours x "
-        "model) that leave more of the signal unexplained, on average over their seeds, have "
-        "hardly learned and stay out of the law (default: 0.93)")
-    add("--recommend", action="store_true", help="print capacity, loss, whom to record next, for:")
-    add("--users", type=number(float, 0), default=0, help="users in the plan")
-    add("--hours-per-user", type=number(float, 0), default=0, help="hours recorded of each")
-    add("--predict", metavar="CSV", help="write prediction.json for these cells (name, factors), "
-        "or outcome.json with the errors if y was measured in all")
+    add("--holdout", metavar="COLUMN", help="predict the rows where it is largest, too, and first")
+    add("--group", metavar="COLUMN", help="rows with the same value are resampled together")
+    add("--bootstrap", type=number(int, 0), default=1000,
+        help="resampled tables for a table's intervals, or 0 (default: 1000)")
+    add("--recommend", action="store_true", help="advice for a plan, or for a budget:")
+    add("--users", type=number(float, 1), help="people in the plan")
+    add("--hours-per-user", type=number(float, 1e-3), help="hours recorded of each")
+    add("--hours", type=number(float, 1e-3), help="the budget: hours in all, set-up included")
+    add("--setup", type=number(float, 1e-3), help="hours that a person costs before recording")
+    add("--predict", type=Path, metavar="CSV", help="write prediction.json for these cells (name, "
+        "factors), or outcome.json with the errors if y was measured in all")
     a = p.parse_args()
     require(a.out or a.recommend or a.predict, "give --out a folder to write to")
     if a.recommend:
-        return recommend(a.target, {x: vars(a)[x] for x in DATA})
+        return recommend(a.target, a)
     if a.predict:
         return predict(a.target, a.predict, a.out or a.target.parent)
-    terms = tuple(a.x or TERMS)
-    factors = sum(terms, ())
-    needed = {*factors, a.y, a.holdout or a.y}
-    require(len({*factors, a.y}) == len(factors) + 1 < 6 and not needed & {"", "cap", "used"},
-            "--x takes one to four columns, each in one term only, and not --y (rename cap, used)")
-    path = collect(a.target, a.out) if a.target.is_dir() else a.target
-    shown = read_csv(path, needed) if a.x else read_grid(path, needed, a)
-    if a.x:                              # other columns have no meaning here
-        shown = {x: shown[x] for x in shown if x in needed | {"seed"}}
-    study = analyse(shown, terms, a)
-    verdicts, entries = verdicts_of(study), [entry(study, name) for name in study.fits]
-    write_json(a.out / "laws.json",
-               {"laws": entries, "verdicts": verdicts, "provenance": provenance()})
-    for name, ax in figures(study):
-        with replacing(a.out / f"{name}.png") as temporary:
-            ax.figure.savefig(temporary, dpi=150)
-    report(study, entries, verdicts)
+    factors = sum(a.x or (), ())
+    require(len({*factors, a.y}) == len(factors) + 1 < 6 and "" not in factors,
+            "--x takes one to four columns, each in one term only, and not --y")
+    if a.x:
+        first, verdicts, drawn = table_study(a.target, a), {}, ()
+    else:
+        table, first = grid_study(collect(a.target, a.out) if a.target.is_dir() else a.target)
+        verdicts, drawn = verdicts_of(table, first), figures(table, first)
+    write_json(a.out / "laws.json", {"laws": [first], "verdicts": verdicts,
+                                     "provenance": provenance()})
+    for name, ax in drawn:
+        with replacing(a.out / f"{name}.png") as path:
+            ax.figure.savefig(path, dpi=150)
+    show(first)
+    if verdicts:
+        screen(table, verdicts, a.out)
 
 if __name__ == "__main__":
     command(main)

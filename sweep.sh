@@ -1,130 +1,107 @@
 #!/bin/bash
-# A sweep: every cell of a grid is pre-trained and probed, several at once; then laws are fitted.
-#
-#   bash sweep.sh                    # the whole study, small, on a simulated population
-#   DATA=pool PROBES=ucihar USERS="4 8 all" HOURS="0.05 0.2" FLAGS="--rotate 0.5" bash sweep.sh
-#   bash sweep.sh --list             # one line per cell: done, running, failed or to do; commands
-#   sbatch --array=1-N sweep.sh      # one Slurm task per cell (N lines of --list); then sweep.sh
-#
-# Stop it, kill it, run it again or twice at once: a cell that is done is skipped, one that was cut
-# off resumes, one that another sweep works on is left to it, one that failed is tried again. A cell
-# is done when OUT/CELL/done has what would run now: its commands, and its data's fingerprints.
-# Exit status: 0 if all is done, 1 if a cell isn't, 2 for an invalid grid, or one without a law.
-
-#SBATCH --requeue --open-mode=append --signal=B:USR1@60
-# ---------------------------------------------------------------- the grid
-set -f -a        # no file patterns; variables and functions are passed to the shells of xargs
-DATA=${DATA:-simulated}                          # a data set, or several: a+b; prepared if missing
-quick="--patch 10 --mask-ratio 0.5 --patience 0.1 --batch 32 --lr 0.05"      # minutes, not hours
-[ "$DATA" != simulated ] || : "${PROBES=simulated}" "${FLAGS=$quick}"
-users=(${USERS:-6 12 24})                        # training users, or all
-hours=(${HOURS:-0.0111 0.0222 0.0444})           # hours per user at most, or all: 4, 8, 16 windows
-models=(${MODELS:-16x1x2})                       # width x depth x heads
-seeds=(${SEEDS:-0 1 2})                          # each seed draws users, weights, batches, masks
-STEPS=${STEPS:-20000}                            # a cell ends when its loss stops falling, or here
-OUT=${OUT:-runs/$DATA}                           # one folder per cell
-RESULTS=${RESULTS:-results/$(basename "$OUT")}   # the table, the laws and the figures
-cores=${SLURM_CPUS_ON_NODE:-$(getconf _NPROCESSORS_ONLN)}
-JOBS=${JOBS:-$cores}                             # cells at once: two of one thread beat one of two
-THREADS=${THREADS:-$((cores > JOBS ? cores / JOBS : 1))}         # of each cell
-
-refuse() { echo "sweep.sh: $1" >&2; exit 2; }
-check() {                                        # name, regular expression, its meaning, words
-    for word in "${4-}" "${@:5}"; do [[ $word =~ ^($2)$ ]] || refuse "$1: '$word' is not $3"; done
-}
-[ "$*" != --help ] || { sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; exit; }
-[ $# = 0 ] || [ "$*" = --list ] || refuse "'$*' is not --list or --help; --help shows the variables"
-check USERS '[1-9][0-9]*|all' "a number or all" "${users[@]}"
-check HOURS '[0-9]*\.?[0-9]+|all' "a number or all" "${hours[@]}"
-check MODELS '[1-9][0-9]*(x[1-9][0-9]*){2}' WIDTHxDEPTHxHEADS "${models[@]}"
-check SEEDS '[0-9]+' "a number" "${seeds[@]}"
-check "STEPS, JOBS, THREADS" '[1-9][0-9]*' "a number above 0" "$STEPS" "$JOBS" "$THREADS"
-check "DATA, PROBES" '[A-Za-z0-9_.+-]+' "the name of a data set" "$DATA" $PROBES
-grid=$(for s in "${seeds[@]}"; do for u in "${users[@]}"; do for h in "${hours[@]}"; do
-    for m in "${models[@]}"; do echo "${u/all/9999} ${h/all/9999} u$u-h$h-$m-s$s"; done
-done; done; done | LC_ALL=C awk '!seen[$3]++ { print $1 * $2, $3 }' |    # the least data first
-    LC_ALL=C sort -s -n -k 1,1 | cut -d ' ' -f 2)
-cells=$grid task=${SLURM_ARRAY_JOB_ID-${SLURM_JOB_ID-}}${SLURM_ARRAY_TASK_ID+_$SLURM_ARRAY_TASK_ID}
-if [ -n "${SLURM_ARRAY_TASK_ID-}" ]; then
-    cells=$(sed -n "${SLURM_ARRAY_TASK_ID}p" <<< "$grid") JOBS=1
-    [ -n "$cells" ] || refuse "no cell $SLURM_ARRAY_TASK_ID: sbatch --array=1-$(wc -l <<< "$grid")"
+# Every cell of a grid is pre-trained, several at once, then probed; then the law is fitted.
+#   bash sweep.sh                # the whole study, small, on simulated people: about 5 minutes
+#   SPREAD=0 bash sweep.sh       # the same with clones; SEED=1: with other people
+#   DATA=pool PROBES=ucihar USERS="4 8 16" HOURS="0.05 0.2" MODELS="16x2x2 64x3x4" bash sweep.sh
+#   DATA=motionsense+uschad PROBES= USERS="4 8 16 32" TOTAL="0.89" STEPS=1500 bash sweep.sh
+#   bash sweep.sh --list         # a line a cell: done, failed or to do, its command; what it costs
+#   sbatch --array=1-N sweep.sh  # one Slurm task for each of N cells; then: bash sweep.sh
+# Stop it, kill it: the same command goes on. A cell is done when the command that would run now has
+# left its result.json. Exit status: 0 if all is done, 1 if a cell isn't, 2 for a senseless grid.
+#SBATCH --requeue --open-mode=append
+set -f -a                # no file patterns; variables and functions reach the shells of xargs
+crowd=simulated-spread${SPREAD:=1}-seed${SEED:=0}          # simulated people: a set for each
+DATA=${DATA:-$crowd}                             # a data set, or several: a+b; made if missing
+if [ "$DATA" = "$crowd" ]; then                  # minutes, not hours
+    MODELS=${MODELS:-16x1x2} STEPS=${STEPS:-600} PROBES=${PROBES-$crowd}
+    FLAGS="--patch 20 --mask-ratio 0.5 --lr 0.05 ${FLAGS-}"
 fi
+users=(${USERS:-3 6 12 24 48})                   # people to train on
+hours=(${TOTAL:-${HOURS:-0.0083 0.0333}})        # of each: 30, 120 s; TOTAL: of all together
+models=(${MODELS:-64x3x4})                       # width x depth x heads
+seeds=(${SEEDS:-0 1 2 3})                        # each draws users, weights, batches, masks
+STEPS=${STEPS:-20000}                            # the most that a cell may take
+[ "$STEPS" -gt 5000 ] || FLAGS="--patience 0 ${FLAGS-}"          # a short cell runs to its end
+OUT=${OUT:-runs/$DATA}                           # a folder for each cell, u24-h0.0667-16x1x2-s0
+cores=${SLURM_CPUS_ON_NODE:-$(getconf _NPROCESSORS_ONLN)} JOBS=${JOBS:-$cores}    # cells at once
+threads=$((cores > JOBS && JOBS > 0 ? cores / JOBS : 1))         # of each: two of one beat one of two
 code=$(dirname "$0"); [ -f "$code/pretrain.py" ] || code=$SLURM_SUBMIT_DIR   # Slurm runs a copy
 PYTHON=${PYTHON:-$(command -v ${VIRTUAL_ENV:+python} "$code/.venv/bin/python" python3 | head -n 1)}
-here=$(printf '%q %q/' "$PYTHON" "$code") out_dir=$(printf %q/ "$OUT") OMP_NUM_THREADS=$THREADS
-MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2000000000   # glibc keeps what is freed: faster steps
 
-# ---------------------------------------------------------------- a cell
-commands() {                                     # of a cell, and what its data are, on one line
-    local u h width depth heads s line set; IFS=-x read -r u h width depth heads s <<< "$1"
-    line="--users ${u#u} --hours-per-user ${h#h} --width $width --depth $depth --heads $heads"
-    line=${line/--users all /}; line=${line/--hours-per-user all /}
-    line="${here}pretrain.py --data $DATA $line --seed ${s#s} --steps $STEPS${FLAGS:+ $FLAGS}"
-    line+=" --out $out_dir$1 --threads $THREADS"
-    for set in $PROBES; do line+=" && ${here}finetune.py $out_dir$1 --data $set --mode probe"; done
-    set=$(printf ' data/%s/meta.json' ${DATA//+/ } ${PROBES//+/ })
-    echo "$line #" $(grep -hos '"fingerprint": "[^"]*"' $set)
+plan() {         # say the cells, the least data first, or what about them makes no sense
+    "$PYTHON" - "$code" "$DATA" "${TOTAL-}" "${users[*]}" "${hours[*]}" "${models[*]}" "${seeds[*]}" <<'END'
+import itertools, re, sys; code, name, total, *grid = sys.argv[1:]
+sys.path.insert(0, code); sys.argv[0] = "sweep.sh"
+from data import command, load, require, training_users
+def main():
+    windows, users, _, meta = load(name); train = training_users(meta, 0)
+    longest = max(sum(users == user) for user in train) * meta["seconds"] / 3600
+    cells = {}
+    for u, h, m, s in itertools.product(*map(str.split, grid)):
+        require(re.fullmatch(r"[1-9]\d* \d*\.?\d+ \d+x\d+x\d+ \d+", f"{u} {h} {m} {s}"), "not a grid of "
+                f"numbers and models as 64x3x4: users {u}, hours {h}, model {m}, seed {s}")
+        h = f"{float(h) / int(u):.4g}" if total else h
+        require(int(u) <= len(train), f"{u} users: there are {len(train)} to train on")
+        require(float(h) < 1.02 * longest, f"{h} hours: nobody has more than {longest:.4f}")
+        cells[f"u{u}-h{h}-{m}-s{s}"] = int(u) * float(h)
+    print(*sorted(cells, key=cells.get))
+command(main)
+END
 }
-record() {                                       # the same without paths and threads
-    local line; line=$(commands "$1"); line=${line//"$here"/}; echo "${line/ --threads $THREADS/}"
+command_of() {   # a cell
+    local u h width depth heads s; IFS=-x read -r u h width depth heads s <<< "$1"
+    printf '%q ' "$PYTHON" "$code/pretrain.py" --data "$DATA" --users ${u#u} --hours-per-user ${h#h} \
+        --width $width --depth $depth --heads $heads --seed ${s#s} --steps "$STEPS" ${FLAGS-} \
+        --out "$OUT/$1"
 }
-is_done() { [ -s "$OUT/$1/result.json" ] && [ "$(cat "$OUT/$1/done" 2>&1)" = "$(record "$1")" ]; }
-lock() { "$PYTHON" -c "from fcntl import *; flock(9, $1)" 2>/dev/null; }
-state() {
-    if is_done "$1"; then echo done; elif [ -f "$OUT/$1/failed" ]; then echo failed
-    elif [ ! -f "$OUT/$1/.sweep" ] || lock "LOCK_SH | LOCK_NB" 9< "$OUT/$1/.sweep"; then echo to do
-    else echo running; fi
+state() {        # done, failed or to do: by the log's last line
+    local last; last=$(tail -n 1 "$OUT/$1/log.txt" 2>/dev/null)
+    if [ -s "$OUT/$1/result.json" ] && [ "$last" = "done: $(command_of "$1")" ]; then echo done
+    elif [[ $last = failed:* ]]; then echo failed; else echo "to do"; fi
 }
-progress() {
-    for cell in $grid; do state "$cell"; done | awk '{ n[$1]++ } END {
-        printf "%d of %d done, %d running, %d failed\n", n["done"], NR, n["running"], n["failed"] }'
+work() {         # on a cell, in a shell of its own; say a line
+    local log=$OUT/$1/log.txt how=done line
+    mkdir -p "$OUT/$1" && eval "$(command_of "$1") --threads $threads" >> "$log" 2>&1 || how=failed
+    line=$(tail -n 1 "$log"); echo "$how: $(command_of "$1")" >> "$log"
+    [ $how = done ] || { echo "$1 FAILED, see $log: $line"; return; }
+    awk -F '[a-z-]+' -v loss="${line%%,*}" '{
+        printf "%s, %d users x %.0f s, seed %d\n", loss, $2, $3 * 3600, $7 }' <<< "$1"
 }
-work() {                                         # on one cell, in its own shell
-    local dir="$OUT/$1" how= lines=1
-    mkdir -p "$dir" && exec 2>&1 3>&1 9>> "$dir/.sweep"     # 9 is locked until the last of us ends
-    lock "$round" && ! is_done "$1" && [ ! -f "$dir/failed" ] || return 0     # others work, or did
-    rm -f "$dir/done"
-    echo "$(date) $(commands "$1")" >> "$dir/log.txt"
-    eval "$(commands "$1")" >> "$dir/log.txt" 2>&1 && record "$1" > "$dir/done"
-    is_done "$1" || { touch "$dir/failed"; how=" FAILED, see $dir/log.txt" lines=5; }
-    echo "$(($(date +%s) - began)) s, $(progress), $1$how: $(tail -n $lines "$dir/log.txt")"
-}
-
-# ---------------------------------------------------------------- all cells, then the laws
-leave() { stop=$1; [ -z "$job" ] || kill -TERM -- "-$job" 2>/dev/null; }
-run() {                                          # a command, in a process group of its own
-    set -m; "$@" & job=$!; set +m
-    exec 8> >(trap '' INT TERM HUP; read -r _; kill -TERM -- "-$job" 2>/dev/null)  # after kill -9
-    [ -z "$stop" ] || leave "$stop"
-    while wait "$job"; status=$?; kill -0 "$job" 2>/dev/null; do :; done     # signals end a wait
-    exec 8>&-
-    [ -n "$stop" ] || return $status
-    echo "sweep.sh: stopped; the same command resumes" >&2
-    [ -z "$requeue" ] || scontrol requeue "$requeue"
-    exit "$stop"
-}
-all_cells() {                                    # ends with the last process of the last cell
-    trap : TERM
-    xargs -n 1 -P "$JOBS" bash -c 'work "$0"' <<< "$cells" 2>/dev/null | (trap '' TERM; exec cat)
-}
-main() {                                         # bash reads it whole before it runs
-    local set cell open job= stop= requeue=
-    trap 'leave 130' INT; trap 'requeue=; leave 143' TERM; trap 'leave 129' HUP
-    trap 'requeue=$task; leave 143' USR1         # from Slurm, a minute before the time limit
-    mkdir -p "$OUT" && exec 9>> "$OUT/.lock" && run lock LOCK_EX || refuse "$PYTHON can't lock $OUT"
-    for set in ${DATA//+/ } ${PROBES//+/ }; do
-        [ -f "data/$set/meta.json" ] || run "$PYTHON" "$code/data.py" "$set" || exit 2
+cost() {         # of all cells, from 15 steps of each model
+    local try m; try=$(mktemp -d)
+    for m in "${models[@]}"; do
+        eval "$(command_of "${cells[0]%-*-*}-$m-s${seeds[0]}") --threads $threads --steps 15 --out $try/$m" > /dev/null
     done
-    exec 9>&-
-    for cell in $cells; do rm -f "$OUT/$cell/failed"; done
-    began=$(date +%s); echo "$(progress); $JOBS at a time into $OUT"
-    for round in "LOCK_EX | LOCK_NB" LOCK_EX; do run all_cells; done    # then cells of others
-    open=$(for cell in $cells; do is_done "$cell" || echo "$cell"; done)
-    [ -z "$open" ] || { echo "sweep.sh: not done, see OUT/CELL/log.txt:" $open >&2; exit 1; }
-    [ "$cells" != "$grid" ] || run "$PYTHON" "$code/fit_laws.py" "$OUT" --out "$RESULTS"
+    grep -rhE '^ "(flops|seconds)"' "$try" | awk -F '[:,]' -v n=${#cells[@]} -v steps="$STEPS" '
+        { mean[$1] += $2 * steps / 15 / '${#models[@]}' }
+        END { printf "%d cells, %.1g FLOPs, about %.0f minutes here\n", n, n * mean[" \"flops\""],
+            n * (mean[" \"seconds\""] + 3) / '"$JOBS"' / 60 + 0.5 }'             # 3 s: a start
+    rm -r "$try"
 }
-[ "$*" = --list ] || { main; exit; }
-for cell in $grid; do
-    printf '%-8s %s  %s\n' "$(state "$cell")" "$cell" "$(commands "$cell")"
+
+refuse() { echo "sweep.sh: $1" >&2; exit 2; }
+[ "${*:---list}" = --list ] && [ "$JOBS" -gt 0 ] || refuse "'$*' is not --list, or JOBS $JOBS is below 1"
+for set in ${DATA//+/ } ${PROBES//+/ }; do
+    words="simulated --users 120 --hours-per-user 0.0333 --spread $SPREAD --seed $SEED --name $set"
+    [ "$set" = "$crowd" ] || words=$set
+    [ -f "data/$set/meta.json" ] || "$PYTHON" "$code/data.py" $words || exit 2
 done
-progress >&2
+cells=$(plan) || exit 2; cells=($cells)
+if [ -n "${SLURM_ARRAY_TASK_ID-}" ]; then
+    all=${#cells[@]} cells=(${cells[SLURM_ARRAY_TASK_ID - 1]})
+    [ -n "$cells" ] || refuse "no cell $SLURM_ARRAY_TASK_ID of $all"
+fi
+if [ $# = 1 ]; then
+    for cell in "${cells[@]}"; do printf '%-6s %s  %s\n' "$(state $cell)" $cell "$(command_of $cell)"; done
+    cost; exit
+fi
+open() { for cell in "${cells[@]}"; do [ "$(state $cell)" = done ] || echo $cell; done; }
+todo=$(open); all=${#cells[@]} left=$(wc -w <<< "$todo") SECONDS=0 n=0
+xargs -r -n 1 -P "$JOBS" bash -c 'work "$0"' <<< "$todo" | while read -r line; do
+    n=$((n + 1)) minutes=$(((SECONDS * (left - n) / n + 59) / 60))
+    echo "$((all - left + n)) of $all, $minutes min left: $line"
+done
+[ -z "$(open)" ] || { echo "sweep.sh: not done:" $(open) >&2; exit 1; }
+[ -z "${SLURM_ARRAY_TASK_ID-}" ] || exit 0
+for set in $PROBES; do "$PYTHON" "$code/finetune.py" "${cells[@]/#/$OUT/}" --data "$set" || exit 1; done
+"$PYTHON" "$code/fit_laws.py" "$OUT" --out "${RESULTS:-results/$(basename "$OUT")}"

@@ -1,5 +1,5 @@
 """What several test files use. Tests marked `slow` take minutes and run only by name: -m slow"""
-import gc, importlib, json, os, signal, sys
+import importlib, json, os, sys
 os.environ["OMP_NUM_THREADS"] = "1"                    # before numpy: waiting threads cost time
 from pathlib import Path
 
@@ -8,9 +8,6 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))            # so that `pytest` finds them alone
 import data
-
-# A shell that starts the tests in the background has them, and all they start, ignore Ctrl-C.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; run by hand with -m slow")
@@ -31,12 +28,15 @@ def write(path, content):
     else:
         Path(path).write_bytes(content.encode() if isinstance(content, str) else content)
 
-FLAGS = {"folder": {"acc_unit": "g", "gyro_unit": "rad/s"},
-         "simulated": {"users": 6, "hours_per_user": 0.1, "spread": 1.0, "seed": 0}}
-
 def prepare(what, raw="raw", name=None, limit=None, force=False, **flags):
-    settings = {"source": what, **FLAGS.get(what, {}), **flags, "limit_users": limit}
-    data.prepare(name or what, settings, raw, force)
+    """The set data/NAME/, made by the command line of data.py."""
+    if what == "simulated":
+        flags = {"users": 6, "hours_per_user": 0.1, **flags}
+    flags |= {"raw": raw, "name": name or what} | ({"limit_users": limit} if limit else {})
+    words = [f"--{flag.replace('_', '-')}={value}" for flag, value in flags.items()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["data.py", what, *words, *["--force"][:force]])
+        data.main()
     return data.load(name or what)
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def elsewhere(tmp_path, monkeypatch):
 def home(tmp_path_factory):
     """The folder that a file's tests run in, with a small simulated set in data/."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(home := tmp_path_factory.mktemp("home"))
+        patch.chdir(home := tmp_path_factory.mktemp("a home"))
         prepare("simulated", users=12, hours_per_user=0.05)
         yield home
 
@@ -57,9 +57,7 @@ def run(monkeypatch, capfd):
     """A command, such as "data.py plot pool", in this process: (exit status, stdout, stderr)."""
     def call(line):
         words = line.split()
-        gc.collect()                                   # frees the lock of a run that was refused
         monkeypatch.setattr(sys, "argv", words)
-        monkeypatch.setattr(signal, "signal", lambda *handler: None)     # Ctrl-C stays pytest's
         with pytest.raises(SystemExit) as end:
             data.command(importlib.import_module(words[0].removesuffix(".py")).main)
         return end.value.code or 0, *capfd.readouterr()
@@ -71,9 +69,7 @@ def refused(run):
     `usage`, argparse may have said before how the command is used."""
     def call(line, words, usage=False):
         status, printed, error = run(line)
-        sentences = error.splitlines()
-        if usage and error.startswith("usage: "):
-            sentences = sentences[-1:]
+        sentences = error.splitlines()[-1:] if usage else error.splitlines()
         assert (status, printed, len(sentences)) == (2, "", 1) and words in sentences[0], error
         assert "Traceback" not in error
     return call

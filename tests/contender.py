@@ -13,7 +13,7 @@ class Contender(torch.nn.Module):
     def __init__(self, width, depth, heads, patch=20):
         super().__init__()
         self.mae = MAE(width, depth, heads, patch)
-        self.flops_per_window = forward_flops(width, depth, patch, 2, 20, 0.75)
+        self.flops_per_window = forward_flops(self.mae, 20 * patch, 0.75)
 
     def forward(self, x):
         return self.mae(x, *draw_masks(len(x), 2 * x.shape[2] // self.mae.patch, 0.75)).mean()

@@ -47,7 +47,7 @@ def time_steps(a):
     rows = {
         "(nothing changed: the noise)": {}, "GELU -> ReLU": {"gelu": F.relu},
         "all masked patches predicted -> half of them": {"predicted": 0.5},
-        "Muon, fp32, by shape -> torch.optim.Muon (bf16)": {"optimizers": [bf16_muon, adamw]},
+        "Muon, fp32 -> torch.optim.Muon (bf16)": {"optimizers": [bf16_muon, adamw]},
         "Muon -> AdamW for all": {"optimizers": [all_adamw]},
         "freed memory kept -> given back": {"freed": True}}
 
@@ -80,29 +80,28 @@ def curve(name, lr, seconds):
     """Train for so many CPU seconds: ours as pretrain.py does, a peer with AdamW, warm-up and a
     cosine to zero. Yields a row of the table at each evaluation."""
     prepared, ours = load("pool"), name.startswith("ours")
-    flags = vars(pretrain.build_parser().parse_args(["--patch", "5" if name == "ours" else "10"]))
+    flags = pretrain.build_parser().parse_args(["--patch", "5" if name == "ours" else "10"])
     rows = draw_windows(prepared, training_users(prepared.meta, 0), None, 0)
     held = pretrain.held_out(prepared, flags)
-    plain = model.MAE(64, 3, 4, flags["patch"])
-    baseline = pretrain.evaluate(lambda *batch: model.baseline_loss(plain, *batch), held).mean()
+    baseline = pretrain.evaluate(model.MAE(64, 3, 4, flags.patch).baseline, held).mean()
     torch.manual_seed(0)
-    net = model.MAE(64, 3, 4, flags["patch"]) if ours else PEERS[name](64, 3, 4)
+    net = model.MAE(64, 3, 4, flags.patch) if ours else PEERS[name](64, 3, 4)
     step, spent = 0, 0.0
     if ours:
         keep_memory()
         average = copy.deepcopy(net)
-        optimizers = pretrain.build_optimizers(net, lr or flags["lr"], flags["weight_decay"])
+        optimizers = pretrain.build_optimizers(net, lr or flags.lr, flags.weight_decay)
     else:
         weights = [p for p in net.parameters() if p.requires_grad]
         optimizers = [torch.optim.AdamW(weights, lr, (0.9, 0.95), weight_decay=0.05)]
     while spent < seconds:
         began, progress = time.process_time(), spent / seconds
         if ours:
-            share = pretrain.schedule(step, flags["tau"], flags["decay"])
+            share = pretrain.schedule(step, flags.tau, flags.decay)
             loss = net(*pretrain.batch_at(step, prepared, rows, flags)).mean()
         else:
             share = min(1, progress / 0.05) * (0.5 + 0.5 * math.cos(math.pi * progress))
-            drawn = random_stream(0, "batch", step).integers(len(rows), size=flags["batch"])
+            drawn = random_stream(0, "batch", step).integers(len(rows), size=flags.batch)
             loss = net(torch.from_numpy(windows_at(prepared, rows[drawn], "both")))
         loss.backward()
         for o in optimizers:
@@ -110,7 +109,7 @@ def curve(name, lr, seconds):
         update(optimizers)
         step += 1
         if ours:
-            pretrain.update_average(average, net, step, flags["average"])
+            pretrain.update_average(average, net, step, flags.average)
         spent += time.process_time() - began
         if pretrain.is_evaluated(step) or spent >= seconds:
             loss = pretrain.evaluate(average, held).mean() if ours else peer_loss(net, held)

@@ -17,9 +17,10 @@ TEN, RED, BLUE = ([f"{name}{u}" for u in range(10)] for name in ("p", "red_", "b
 
 def record(raw, users, labels=CLASSES):
     """The set RAW: each user does each activity for half a minute, in a style of their own."""
-    rng, label = np.random.default_rng(0), np.repeat(labels, 600)
+    label = np.repeat(labels, 600)
     hertz = np.select([label == "fast", label == "slow"], [3, 1])[:, None]
     for user in users:
+        rng = data.random_stream(user)                 # the same recordings in each set
         style = rng.uniform(0.2, 0.4, 6) * (hertz > 0)
         x = style * np.sin(2 * np.pi * hertz.cumsum(0) / 20 + rng.uniform(0, 6, 6))
         x += 0.05 * rng.standard_normal(x.shape)
@@ -36,7 +37,7 @@ def make_run(name, trained_on=(("else", "where"),), seed=0, **shape):
         block.down.reset_parameters()
     data.write_json(Path("runs") / name / "config.json", {
         "flags": {"sensors": "both" if shape["sensors"] == 2 else "acc"}, "fingerprint": "-",
-        "model": shape, "trained_on": sorted(map(list, trained_on))})
+        "model": shape, "trained_on": [*map(list, trained_on)]})
     torch.save({"best": model.state_dict()}, Path("runs") / name / "checkpoint.pt")
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,39 +69,45 @@ def test_nobody_is_tested_who_was_trained_on(run, trained_by, tested_by):
             "--patch 20 --steps 2 --threads 1")
     else:
         meta = data.load(trained_by).meta
-        make_run(f"by-{trained_by}", data.people(meta, data.training_users(meta, 0)))
-    trained_on = set(map(tuple, load_run(f"runs/by-{trained_by}")[1]["trained_on"]))
+        users = data.training_users(meta, 0)
+        make_run(f"by-{trained_by}", data.identities(meta, users))
+    trained_on = load_run(Path(f"runs/by-{trained_by}"))[1]["trained_on"]
     for name in tested_by:
         assert run(f"finetune.py runs/by-{trained_by} --data {name}")[0] == 0
         folds, meta = result(f"{name}-probe", f"by-{trained_by}")["folds"], data.load(name).meta
         assert not any(set(fold["train_users"]) & set(fold["test_users"]) for fold in folds)
-        users, everyone = sum((fold["test_users"] for fold in folds), []), set(data.people(meta))
-        tested = {person for person in everyone if person[1] in users}
-        assert tested and not tested & trained_on
-        if everyone & trained_on:                      # shared people: the held-out are tested
-            assert tested == set(data.people(meta, sum(data.held_out_users(meta), [])))
+        tested = {user for fold in folds for user in fold["test_users"]}
+        seen = {meta["users"][user] for user in data.known(meta, trained_on)}
+        assert tested and not tested & seen
+        if seen:                                       # shared people: the held-out are tested
+            held_out = {meta["users"][user] for user in sum(data.held_out_users(meta), [])}
+            assert tested == (held_out - seen or set(meta["users"]) - seen)
         else:                                          # strangers: everyone, in one of five folds
-            assert tested == everyone and len(folds) == 5
+            assert tested == set(meta["users"]) and len(folds) == 5
+    assert known_by_name_or_recording(trained_by)
+
+def known_by_name_or_recording(trained_by):
+    meta = data.load(trained_by).meta
+    pairs = [list(person) for person in data.people(meta)]       # as older runs name them
+    return data.known(meta, pairs) == data.known(meta, data.identities(meta)) == [
+        *range(len(meta["users"]))]
 
 def test_official_test_users_are_tested_unless_one_was_trained_on(run, refused):
     make_run("saw-two", [("shakes", "p0"), ("shakes", "p1")])
     make_run("saw-one-of-them", [("shakes", "p0"), ("shakes", "p5")])
     assert run("finetune.py runs/saw-two --data official")[0] == 0
     assert result("official-probe", "saw-two")["test_users"] == ["p2", "p5", "p7"]
-    assert run("finetune.py runs/saw-two --data official --split validation")[0] == 0
-    tested = result("official-probe-validation", "saw-two")["test_users"]
-    assert set(tested) == set(TEN) - {"p2", "p5", "p7", "p0", "p1"}            # to choose a run by
-    refused("finetune.py runs/saw-one-of-them --data official", "pre-trained on 2 of 10")
+    refused("finetune.py runs/saw-one-of-them --data official", "too few users to test")
 
 def test_few_labelled_users_are_among_more_of_them(run):
-    assert run("finetune.py runs/a --data official --label-users 1,4")[0] == 0
+    for count in (1, 4):
+        assert run(f"finetune.py runs/a --data official --label-users {count}")[0] == 0
     draws = [result(f"official-probe-u{count}")["folds"] for count in (1, 4)]
     assert [len(folds) for folds in draws] == [5, 5]                           # drawn five times
     for folds in zip(*draws):
         few, more = (set(fold["train_users"]) for fold in folds)
         assert (len(few), len(more)) == (1, 4) and few < more
         assert not more & {"p2", "p5", "p7"}
-    assert Path("runs/a/finetune/label-users.png").exists()
 
 def test_a_split_by_window_shows_the_leak_that_a_split_by_user_hides(run):
     """Users do one activity each, and are told by how a sensor is worn: new ones can't be told."""
@@ -109,13 +116,14 @@ def test_a_split_by_window_shows_the_leak_that_a_split_by_user_hides(run):
         label = [CLASSES[u % 3]] * 2000
         write(f"habits/p{u}.npz", {"signal": x, "rate": 20.0, "label": label})
     prepare("folder", "habits", "habits")
-    assert run("finetune.py runs/a --data habits --split window")[0] == 0
+    for split in ("user", "window"):
+        assert run(f"finetune.py runs/a --data habits --split {split}")[0] == 0
     honest, leak = result("habits-probe"), result("habits-probe-window")
     assert honest["macro_f1"] < 0.6 and leak["macro_f1"] > 0.95
     assert set(leak["folds"][0]["train_users"]) & set(leak["folds"][0]["test_users"])
 
 def test_features_are_mean_and_deviation_over_all_patches():
-    model, _ = load_run("runs/a")
+    model, _ = load_run(Path("runs/a"))
     x = torch.randn(3, 6, 200)
     patches, pooled = model.features(x).detach(), in_batches(Encoder(model), x)
     by_hand = torch.cat([patches.mean(2), patches.std(2, correction=0)], 1).flatten(1)
@@ -156,11 +164,10 @@ def test_scores_by_hand():
     assert scores["per_class_f1"] == [pytest.approx(4 / 7), pytest.approx(2 / 4), 0, None]
     assert scores["macro_f1"] == pytest.approx((4 / 7 + 1 / 2 + 0) / 3)        # nobody has class 3
 
-def test_a_result_has_its_files_and_keys_and_is_compared_by_paired_folds(run):
+def test_a_result_has_its_files_and_keys(run):
     line = "finetune.py runs/a --data shakes --sensors acc --label-users 4"
-    run(f"{line} --mode random")
-    status, printed, _ = run(line)
-    probe, other = (result(f"shakes-{mode}-acc-u4") for mode in ("probe", "random"))
+    assert run(line)[0] == 0
+    probe = result("shakes-probe-acc-u4")
     assert Path("runs/a/finetune/shakes-probe-acc-u4.png").exists()
     assert probe["classes"] == CLASSES and len(probe["per_class_f1"]) == 3
     assert probe["n_test"] == np.sum(probe["confusion"]) == 90 and probe["n_train"] == 4 * 9
@@ -168,9 +175,28 @@ def test_a_result_has_its_files_and_keys_and_is_compared_by_paired_folds(run):
         f1 = np.array([fold[key] for fold in probe["folds"]])
         assert probe[key] == pytest.approx(f1.mean())
         assert probe[f"{key}_sd"] == pytest.approx(f1.std(ddof=1))
-    gain = f1 - [fold["macro_f1"] for fold in other["folds"]]
-    assert status == 0 and f"{gain.mean():+.4f} over random" in printed
-    assert f"standard error {gain.std(ddof=1) / 5 ** 0.5:.4f}" in printed
+
+def test_the_sensors_of_a_run_reach_its_probes(run, refused):
+    make_run("acc", sensors=1)
+    assert run("finetune.py runs/acc --data shakes")[0] == 0
+    plain = result("shakes-probe", "acc")              # this name enters the table of a grid
+    assert plain["input"][1] == "acc"
+    assert run("finetune.py runs/acc --data shakes --sensors acc")[0] == 0
+    assert result("shakes-probe-acc", "acc")["macro_f1"] == plain["macro_f1"]
+    refused("finetune.py runs/acc --data shakes --sensors gyro", "--sensors acc")
+    refused("finetune.py runs/acc --data shakes --sensors both", "--sensors acc")
+    assert finetune.sensor_numbers("a run", "both", "gyro") == [1]
+
+def test_many_runs_are_probed_in_one_process_and_one_that_is_not_finished_is_named(run):
+    for name in ("one", "cut-off", "two"):
+        make_run(name, seed=1)
+    torch.save({"step": 5, "best": {}}, "runs/cut-off/checkpoint.pt")
+    four = "runs/one runs/cut-off runs/nowhere runs/two"
+    status, printed, error = run(f"finetune.py {four} --data red")
+    assert status == 2 and printed.count("macro-F1") == 2
+    assert "runs/cut-off isn't finished" in error and "runs/nowhere is not a run" in error
+    assert result("red-probe", "one")["folds"] == result("red-probe", "two")["folds"]
+    assert not Path("runs/cut-off/finetune").exists()
 
 @pytest.mark.parametrize("mode", ["tune", "scratch"])
 def test_a_network_keeps_the_epoch_that_is_best_for_validation_users(run, mode):
@@ -204,21 +230,17 @@ def test_an_exported_encoder_is_small_has_the_same_features_and_knows_whom_it_sa
     assert (exported / "checkpoint.pt").stat().st_size < 700_000
     x = np.float32(np.random.default_rng(0).standard_normal((5, 6, 200))) / data.SCALE
     features, original = (in_batches(Encoder(load_run(path)[0]), x)
-                          for path in (exported, "runs/large"))
+                          for path in (exported, Path("runs/large")))
     assert features.shape == (5, 512) and torch.equal(features, original)
-    refused("finetune.py results/encoder --data red", "pre-trained on 10 of 10")
+    refused("finetune.py results/encoder --data red", "too few users to test")
     assert run("finetune.py results/encoder --data pool")[0] == 0
     tested = read(exported / "finetune/pool-probe.json")["test_users"]
     assert {user[:4] for user in tested} == {"blue"}
     refused("finetune.py runs/a --export results/encoder", "holds a run or an encoder")
-    Path("results/encoder/finetune/x-probe.json").write_text("{")
-    refused("finetune.py results/encoder --data pool", "x-probe.json can't be read")
+    (exported / "finetune/pool-probe.json").write_text("{")
+    refused("finetune.py results/encoder --data pool", "pool-probe.json can't be read")
 
 def test_what_cannot_be_used_is_refused_in_a_sentence(run, refused):
-    make_run("acc", sensors=1)
-    refused("finetune.py runs/acc --data shakes --sensors gyro", "--sensors acc")
-    refused("finetune.py runs/acc --data shakes", "--sensors acc")
     refused("finetune.py runs/a --data unlabelled", "no labels")
     refused("finetune.py runs/a --data shakes --label-users 20", "20 is more")
     refused("finetune.py runs/a --data nowhere", "not prepared")
-    assert run("finetune.py runs/acc --data shakes --sensors acc")[0] == 0

@@ -3,8 +3,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import (MAE, Attention, Block, baseline_loss, draw_masks, forward_flops, parameters,
-                   patchify, rotary, unpatchify)
+from model import (MAE, Attention, Block, draw_masks, forward_flops, parameters, patchify, rotary,
+                   unpatchify)
 
 torch.manual_seed(0)
 
@@ -38,14 +38,16 @@ def test_masked_patches_never_reach_the_encoder():
     assert torch.equal(seen[0], seen[1]) and seen[0].shape == (3, 20, 32)
     assert losses[0].shape == (3,) and (losses[0] != losses[1]).all(), "masked patches are scored"
 
-def test_a_reconstruction_shows_what_is_visible_and_predicts_the_rest():
-    model, x = mixing(MAE(16, 1, 2)), torch.randn(4, 6, 200)
+@pytest.mark.parametrize("target", ["raw", "window"])
+def test_a_reconstruction_predicts_what_is_hidden_in_the_units_of_the_signal(target):
+    model, x = mixing(MAE(16, 1, 2, target=target)), 3 * torch.randn(4, 6, 200) + 5
     keep, masked = draw_masks(4, 80, 0.75)
-    again, true = (patchify(windows, 5).flatten(1, 2)
-                   for windows in (model.reconstruct(x, keep, masked), x))
-    batch = torch.arange(4)[:, None]
-    torch.testing.assert_close(again[batch, keep], true[batch, keep])
-    error = (again - true)[batch, masked].square().mean((1, 2))
+    again = model.reconstruct(x, keep, masked)
+    hidden, batch = patchify(again, 5).flatten(1, 2), torch.arange(4)[:, None]
+    assert hidden[batch, keep].isnan().all() and not hidden[batch, masked].isnan().any()
+    mean, deviation = model.standards(x)
+    error = (again - x).square() / deviation ** 2 if target == "window" else (again - x).square()
+    error = patchify(error, 5).flatten(1, 2)[batch, masked].mean((1, 2))
     torch.testing.assert_close(error, model(x, keep, masked))
 
 def test_a_block_equals_the_library_on_the_same_weights():
@@ -78,14 +80,14 @@ def test_the_baseline_is_the_mean_of_what_is_visible_of_the_same_target():
         mean = accelerometer[:, [0, 2]].mean((1, 2), keepdim=True)
         errors = [*(accelerometer[:, [1, 3]] - mean).square(), *y[3:].square()]
         expected = torch.cat([axis.flatten() for axis in errors]).mean()
-        torch.testing.assert_close(baseline_loss(model, x, keep, masked)[0], expected)
+        torch.testing.assert_close(model.baseline(x, keep, masked)[0], expected)
     assert y.mean(1).abs().max() < 1e-6, "each channel less its mean"
 
 @pytest.mark.parametrize("width, depth, heads, patch", [(16, 1, 2, 10), (64, 3, 4, 5)])
 def test_flops_and_parameters_by_formula_equal_the_count(width, depth, heads, patch):
     model, x = MAE(width, depth, heads, patch), torch.randn(2, 6, 200)
     masks = draw_masks(2, 400 // patch, 0.75)
-    formula = 2 * forward_flops(width, depth, patch, 2, 200 // patch, 0.75)
+    formula = 2 * forward_flops(model, 200, 0.75)
     with FlopCounterMode(display=False) as forward:
         loss = model(x, *masks).mean()
     with FlopCounterMode(display=False) as backward:
@@ -102,6 +104,11 @@ def test_features_take_windows_of_another_length_and_one_sensor_alone():
     assert gyroscope.shape == (4, 1, 10, 32)
     torch.testing.assert_close(gyroscope[:, 0], model.features(x)[:, 1])       # blocks don't mix
 
-def test_heads_that_do_not_divide_the_width_are_refused():
-    with pytest.raises(ValueError, match="heads"):
-        MAE(30, 1, 4)
+def test_the_usage_that_the_file_opens_with_runs_and_says_true_shapes():
+    import model
+    usage = [line for line in model.__doc__.splitlines() if " = " in line and "(" in line][:4]
+    names = vars(model).copy()
+    exec("\n".join(line.strip() for line in usage), names)
+    assert names["loss"].shape == (8,) and names["features"].shape == (8, 2, 40, 128)
+    total, encoder = parameters(MAE(16, 2, 2))
+    assert (round(total, -3), round(total - encoder, -3)) == (58_000, 51_000)

@@ -1,5 +1,5 @@
 """Pre-training: batches, averaged weights, when a run ends, what its loss is, what is refused."""
-import json
+import json, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +12,43 @@ from conftest import read
 from finetune import load_run
 from model import MAE
 
+CODE = Path(__file__).parent.parent
 TINY = "pretrain.py --width 16 --depth 1 --heads 2 --patch 20 --batch 16 --threads 1"
 CELL = f"{TINY} --users 4 --hours-per-user 0.02 --patience 0"
-FLAGS = vars(pretrain.build_parser().parse_args("--patch 20 --batch 8 --rotate 0.5".split()))
+FLAGS = pretrain.build_parser().parse_args("--patch 20 --batch 8 --rotate 0.5".split())
 pytestmark = pytest.mark.usefixtures("home")
+
+def seeded(seed):
+    return pretrain.build_parser().parse_args(f"--patch 20 --batch 8 --seed {seed}".split())
+
+def weights(run):
+    state = torch.load(f"runs/{run}/checkpoint.pt", weights_only=True)
+    return {part: b"".join(x.numpy().tobytes() for x in state[part].values())
+            for part in ("model", "average", "best")}
 
 def test_a_batch_depends_on_the_seed_and_its_step_alone():
     prepared, rows = data.load("simulated"), np.arange(50)
     first, again, other = (pretrain.batch_at(step, prepared, rows, FLAGS) for step in (7, 7, 8))
     assert all(torch.equal(a, b) for a, b in zip(first, again))
-    seeded = pretrain.batch_at(7, prepared, rows, FLAGS | {"seed": 1})
-    for batch in (other, seeded):
+    for batch in (other, pretrain.batch_at(7, prepared, rows, seeded(1))):
         assert not torch.equal(first[0], batch[0]) and not torch.equal(first[1], batch[1])
+
+def test_training_masks_differ_by_step_and_seed_and_held_out_masks_never():
+    prepared, rows = data.load("simulated"), np.arange(50)
+    held = [pretrain.held_out(prepared, seeded(seed)) for seed in (0, 1)]
+    assert torch.equal(held[0].masked, held[1].masked) and torch.equal(held[0].x, held[1].x)
+    masks = {pretrain.batch_at(step, prepared, rows, seeded(seed))[2].numpy().tobytes()
+             for step in (1, 2) for seed in (0, 1)}
+    assert len(masks) == 4
+
+def test_an_auxiliary_term_changes_training_and_not_what_is_reported(run, monkeypatch):
+    assert run(f"{CELL} --steps 1 --out runs/plain")[0] == 0
+    size = lambda model: sum(p.square().sum() for p in model.parameters())
+    monkeypatch.setattr(pretrain, "objective",
+                        lambda model, *batch: model(*batch).mean() + 1e6 * size(model))
+    assert run(f"{CELL} --steps 1 --out runs/decayed")[0] == 0
+    plain, other = (read(f"runs/{name}/metrics.jsonl") for name in ("plain", "decayed"))
+    assert other["train_loss"] > 1e6 > 10 > other["loss"] != plain["loss"]
 
 def test_muon_equals_the_library():
     torch.manual_seed(0)
@@ -84,12 +109,13 @@ def test_a_cell_leaves_what_it_was_and_what_it_got(run):
     assert json.loads(last_line)["loss"] == result["loss_last"]
     people = result["people"]
     assert result["loss"] == pytest.approx(np.mean([p["loss"] for p in people]))
-    unexplained = np.mean([p["loss"] / p["baseline"] for p in people])
-    assert result["unexplained"] == pytest.approx(unexplained)
+    assert result["baseline_loss"] == pytest.approx(np.mean([p["baseline"] for p in people]))
+    assert result["unexplained"] == result["loss"] / result["baseline_loss"]
     held_out = {(p["source"], p["user"]) for p in people}
-    assert len(config["trained_on"]) == 4 and not held_out & set(map(tuple, config["trained_on"]))
+    trained_on = {(source, user) for source, user, _ in config["trained_on"]}
+    assert len(trained_on) == 4 and not held_out & trained_on
     assert Path("runs/a/reconstruction.png").stat().st_size > 10_000
-    assert isinstance(load_run("runs/a")[0], MAE)
+    assert isinstance(load_run(Path("runs/a"))[0], MAE)
 
 def test_a_longer_cap_lengthens_a_run_and_other_flags_are_refused(run, refused):
     long, short = f"{CELL} --out runs/long --steps", f"{CELL} --out runs/short --steps"
@@ -100,10 +126,72 @@ def test_a_longer_cap_lengthens_a_run_and_other_flags_are_refused(run, refused):
     refused(f"{short} 30 --patience 0.5", "patience")
     assert read("runs/short/result.json") == before
     assert run(f"{short} 60")[0] == 0
-    long, short = (torch.load(f"runs/{name}/checkpoint.pt", weights_only=True)
-                   for name in ("long", "short"))
-    for part in ("model", "average", "best"):
-        assert all(torch.equal(long[part][name], short[part][name]) for name in long[part])
+    assert weights("long") == weights("short")
+
+PLAIN = "import sys; sys.path.insert(0, sys.argv.pop(1)); import data, pretrain; "
+WINDOWS = """
+import os, sys
+for name in ("fcntl", "resource", "pwd", "grp", "termios"):
+    sys.modules[name] = None                           # an import of it fails
+del os.fork
+""" + PLAIN + "import finetune; "
+
+def start(line, before=PLAIN):
+    words = [sys.executable, "-c", before + "data.command(pretrain.main)", CODE, *line.split()[1:]]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+def test_a_killed_run_goes_on_bit_identically_and_two_processes_corrupt_nothing(home):
+    line = f"{CELL} --steps 200 --precision fp32 --out runs/"
+    often = PLAIN + "pretrain.SAVE_EVERY = 0; "
+    assert pretrain.SAVE_EVERY == 10, "seconds"
+    whole, killed = start(line + "whole"), start(line + "killed", often)
+    while '"step": 2' not in "".join(p.read_text() for p in Path("runs/killed").glob("metrics.*")):
+        time.sleep(0.02)
+    killed.kill()
+    assert killed.wait() != 0 and not Path("runs/killed/result.json").exists()
+    both = [start(line + "killed", often), start(line + "killed", often), whole]
+    assert [process.communicate() and process.returncode for process in both] == [0, 0, 0]
+    assert weights("whole") == weights("killed")
+    assert read("runs/whole/result.json")["people"] == read("runs/killed/result.json")["people"]
+
+def test_of_a_damaged_checkpoint_one_is_told_in_a_sentence(run, refused):
+    assert run(f"{CELL} --steps 20 --out runs/torn")[0] == 0
+    path = Path("runs/torn/checkpoint.pt")
+    for content in (b"", path.read_bytes()[:5000], b"no zip"):
+        path.write_bytes(content)
+        refused(f"{CELL} --steps 20 --out runs/torn", "checkpoint.pt is damaged")
+        refused("finetune.py runs/torn", "checkpoint.pt is damaged")
+
+def test_a_run_without_finite_numbers_ends_before_they_are_saved(refused, run):
+    assert run(f"{CELL} --steps 20 --out runs/nan")[0] == 0
+    state = torch.load("runs/nan/checkpoint.pt", weights_only=True)
+    state["adamw"]["state"][0]["exp_avg"].fill_(float("nan"))
+    torch.save(state, "runs/nan/checkpoint.pt")
+    before = weights("nan"), read("runs/nan/result.json")
+    status, _, error = run(f"{CELL} --steps 40 --out runs/nan")
+    assert status == 2 and "lower --lr" in error
+    assert (weights("nan"), read("runs/nan/result.json")) == before
+
+def test_a_flag_that_changes_the_model_cannot_be_forgotten(run, refused, monkeypatch):
+    """One line in FLAGS and an argument of MAE: it reaches the model, its record and old runs."""
+    class Larger(MAE):
+        def __init__(self, width, depth, heads, patch=5, sensors=2, target="raw", decoder_depth=1,
+                     extra=0):
+            super().__init__(width, depth, heads, patch, sensors, target, decoder_depth)
+            if extra:
+                self.extra = torch.nn.Parameter(torch.ones(extra))
+
+    cell = f"{CELL} --steps 2 --out runs/extra"
+    assert run(cell)[0] == 0
+    params = read("runs/extra/result.json")["params"]
+    monkeypatch.setattr(pretrain, "MAE", Larger)
+    monkeypatch.setitem(pretrain.FLAGS, "extra", (0, int, "more parameters"))
+    assert run(cell)[0] == 0, "the old cell had the default"
+    refused(f"{cell} --extra 7", "extra 0 -> 7")
+    assert run(f"{CELL} --steps 2 --extra 7 --out runs/new")[0] == 0
+    assert read("runs/new/config.json")["model"]["extra"] == 7
+    assert read("runs/new/result.json")["params"] == params + 7
+    refused(cell.replace("extra", "new"), "extra 7 -> 0")
 
 def test_a_flag_that_an_old_run_does_not_name_had_its_default(run, refused):
     cell = f"{TINY} --users 3 --steps 20 --out runs/old"
@@ -118,7 +206,7 @@ def test_a_flag_that_an_old_run_does_not_name_had_its_default(run, refused):
     data.write_json(Path("runs/old/config.json"), config)
     refused(cell, "mlp swiglu -> None")
     Path("runs/old/config.json").unlink()
-    refused(f"{cell} --seed 5", "config.json is missing")
+    refused(f"{cell} --seed 5", "no config.json")
 
 def test_a_run_ends_by_itself(run):
     assert run(f"{TINY} --users 2 --hours-per-user 0.01 --lr 0.1 --out runs/ends")[0] == 0
@@ -133,3 +221,8 @@ def test_what_cannot_be_run_is_refused_in_a_sentence(refused, flag):
     words = {"--heads": "heads", "--data": value}.get(option, option)
     refused(f"{TINY} --out runs/refused {flag}", words, usage=True)
     assert not Path("runs/refused").exists()
+
+def test_a_run_needs_nothing_that_windows_lacks(home):
+    process = start(f"{CELL} --steps 2 --out runs/windows", WINDOWS)
+    assert process.communicate() and process.returncode == 0
+    assert read("runs/windows/result.json")["steps"] == 2
