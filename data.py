@@ -480,62 +480,59 @@ def in_units(path, x, settings):
     return x.reshape(len(x), -1)
 
 # ---------------------------------------------------------------- a simulated population
-ACTIVITIES = {  # lean, roll (rad), strides (x the person's), push (g), turn, fidget (rad), share
-    "lying":    (1.50, 0.40, 0.00, 0.00, 0.00, 0.01, 0.15),
-    "sitting":  (0.45, 0.05, 0.00, 0.00, 0.00, 0.03, 0.25),
-    "standing": (0.05, 0.00, 0.00, 0.00, 0.00, 0.02, 0.15),
-    "walking":  (0.10, 0.00, 1.00, 0.25, 0.07, 0.02, 0.20),
-    "stairs":   (0.25, 0.00, 0.85, 0.30, 0.11, 0.03, 0.10),
-    "running":  (0.20, 0.00, 1.45, 0.90, 0.15, 0.03, 0.07),
-    "cycling":  (0.60, 0.00, 0.70, 0.06, 0.17, 0.03, 0.08),
+ACTIVITIES = {  # the trunk leans (rad), strides (x the person's), push (g), turn (rad), share
+    "lying":    (1.50, 0.00, 0.00, 0.00, 0.10),
+    "sitting":  (0.45, 0.00, 0.00, 0.00, 0.15),
+    "standing": (0.05, 0.00, 0.00, 0.00, 0.10),
+    "walking":  (0.10, 1.00, 0.30, 0.10, 0.25),
+    "stairs":   (0.25, 0.85, 0.35, 0.15, 0.15),
+    "running":  (0.20, 1.45, 0.60, 0.15, 0.10),
+    "cycling":  (0.60, 0.70, 0.10, 0.25, 0.15),
 }
-TRAITS = {  # mean, standard deviation over people, shape (7 activities, 6 channels)
-    "strides": (0.95, 0.09, ()),                   # a second; a stride is two steps
-    "tempo": (0, 0.1, 7),                          # log of a factor, for each activity
-    "vigour": (0, 0.25, 7),                        # log of a factor, for each activity
-    "posture": (0, 0.15, (7, 2)),                   # rad, added to the activity's roll and lean
-    "sizes": (-np.arange(6), 0.2, (6, 6)),         # log of each channel's harmonics 1 to 6
-    "phases": (np.arange(36).reshape(6, 6) ** 2 % 6.3, 0.25, (6, 6)),   # rad; any mean would do
-    "habits": (0, 0.5, 7),                         # log of a factor of each activity's share
-    "mount": (0, 0.3, 3),                          # rotation of the sensor as worn, rad
-    "bias": (0, np.repeat([0.02, 0.01], 3), 6),    # of the sensors, g and rad/s
+HARMONICS = np.arange(1, 5)                        # of the stride, which is two steps
+TRAITS = {  # mean, standard deviation over people, shape (7 activities, 6 channels, 4 harmonics)
+    "strides": (0.95, 0.09, ()),                   # a second
+    "vigour":  (0, 0.1, 7),                        # log of a factor, for each activity
+    "posture": (0, 0.1, (7, 2)),                   # rad, added to each activity's roll and lean
+    "sizes":   (1 - HARMONICS, 0.5, (6, 4)),       # log of each harmonic's size
+    "phases":  (np.arange(24).reshape(6, 4) ** 2 % 6.3, 0.1, (6, 4)),    # rad; any mean would do
+    "mount":   (0, 0.3, 3),                        # rotation of the sensor as worn, rad
 }
 
 def person(seed, user, spread):
-    """Traits: average + spread x deviation x a normal number, each from its own random stream."""
-    return {name: average + spread * deviation *
+    """Traits: mean + spread x deviation x a normal number, each from its own random stream."""
+    return {name: mean + spread * deviation *
             random_stream(seed, "trait", name, user).standard_normal(shape)
-            for name, (average, deviation, shape) in TRAITS.items()}
+            for name, (mean, deviation, shape) in TRAITS.items()}
 
 def simulated(user, names, read, settings, rate=40):
-    """Random activities. In the body's frame (x forwards, y left, z up) the trunk leans, fidgets,
-    and is turned and pushed by harmonics of the stride; the sensor is worn rotated, by M (mount):
-    acc = M R(angles)^-1 (0, 0, 1) + M push,   gyro = M d angles / dt   (for small angles)"""
+    """A day of random activities, 20 s each on average. In the body's frame (x forwards, y left,
+    z up) the trunk leans and is pushed and turned by harmonics of the stride; the sensor is worn
+    rotated, by M (mount):  acc = M R(angles)^-1 (0, 0, 1) + M push,  gyro = M d angles / dt"""
     Rotation = scipy.spatial.transform.Rotation
     who = person(settings["seed"], user, settings["spread"])
     rng = random_stream(settings["seed"], "day", user)           # clones, too, have different days
     mount = Rotation.from_rotvec(who["mount"])
-    style = np.exp(who["sizes"] + 1j * who["phases"])
-    shares = np.array([row[-1] for row in ACTIVITIES.values()]) * np.exp(who["habits"])
-    left, now = round(settings["hours_per_user"] * 3600 / SECONDS), None
+    style = np.exp(who["sizes"] + 1j * who["phases"])            # (6, 4)
+    shares = [share for *_, share in ACTIVITIES.values()]
+    left = round(settings["hours_per_user"] * 3600 / SECONDS)
     while left > 0:
-        odds = shares * (np.arange(len(shares)) != now)
-        now = rng.choice(len(odds), p=odds / odds.sum())
-        label, (lean, roll, strides, push, turn, fidget, _) = list(ACTIVITIES.items())[now]
-        windows = min(left, rng.geometric(1 / 6))  # a minute on average
+        now = rng.choice(len(shares), p=shares)
+        label, (lean, strides, push, turn, _) = list(ACTIVITIES.items())[now]
+        windows = min(left, rng.geometric(1 / 2))
         left -= windows
         t = np.arange(windows * SECONDS * rate) / rate
-        tempo, vigour = np.exp(rng.normal([who["tempo"][now], who["vigour"][now]], [0.04, 0.12]))
+        tempo, vigour = np.exp(rng.normal([0, who["vigour"][now]], [0.05, 0.12]))
         drift = 0.004 * np.cumsum(rng.standard_normal(len(t))) / np.sqrt(rate)
-        phase = 2 * np.pi * (who["strides"] * strides * tempo * t + drift)
-        waves = (np.exp(1j * np.outer(phase, np.arange(1, 7))) @ style.T).real      # (n, 6)
+        turns = who["strides"] * strides * tempo * t + drift + rng.uniform()
+        waves = (np.exp(2j * np.pi * np.outer(turns, HARMONICS)) @ style.T).real       # (n, 6)
         waves *= vigour * np.repeat([push, turn], 3)
-        angles = waves[:, 3:] + [roll, lean, 0] + rng.normal(0, 0.06, 3)
+        angles = waves[:, 3:] + [0, lean, 0] + rng.normal(0, 0.06, 3)
         angles[:, :2] += who["posture"][now]
-        angles += fidget * np.sin(np.outer(t, rng.uniform(0.5, 4, 3)) + rng.uniform(0, 6, 3))
+        angles += 0.02 * np.sin(np.outer(t, rng.uniform(0.5, 4, 3)) + rng.uniform(0, 6, 3))
         gravity = Rotation.from_rotvec(angles).inv().apply([0, 0, 1])
         acc, gyro = gravity + waves[:, :3], np.gradient(angles, 1 / rate, axis=0)
-        x = np.hstack([mount.apply(acc), mount.apply(gyro)]) + who["bias"]
+        x = np.hstack([mount.apply(acc), mount.apply(gyro)])
         yield user, label, [(t, x + rng.normal(0, [0.01] * 3 + [0.02] * 3, x.shape))]
 
 # ---------------------------------------------------------------- prepare: fetch, read, write
