@@ -13,13 +13,13 @@ set -f -a                # no file patterns; variables and functions reach the s
 crowd=simulated-spread${SPREAD:=1}-seed${SEED:=0}          # simulated people: a set for each
 DATA=${DATA:-$crowd}                             # a data set, or several: a+b; made if missing
 if [ "$DATA" = "$crowd" ]; then                  # minutes, not hours
-    MODELS=${MODELS:-16x1x2} STEPS=${STEPS:-600} PROBES=${PROBES-$crowd}
+    MODELS=${MODELS:-16x1x2} STEPS=${STEPS:-250} PROBES=${PROBES-$crowd}
     FLAGS="--patch 20 --mask-ratio 0.5 --lr 0.05 ${FLAGS-}"
 fi
 users=(${USERS:-3 6 12 24 48})                   # people to train on
 hours=(${TOTAL:-${HOURS:-0.0083 0.0333}})        # of each: 30, 120 s; TOTAL: of all together
 models=(${MODELS:-64x3x4})                       # width x depth x heads
-seeds=(${SEEDS:-0 1 2 3})                        # each draws users, weights, batches, masks
+seeds=(${SEEDS:-0 1 2 3 4 5})                     # each draws users, weights, batches, masks
 STEPS=${STEPS:-20000}                            # the most that a cell may take
 [ "$STEPS" -gt 5000 ] || FLAGS="--patience 0 ${FLAGS-}"          # a short cell runs to its end
 OUT=${OUT:-runs/$DATA}                           # a folder for each cell, u24-h0.0667-16x1x2-s0
