@@ -735,7 +735,7 @@ def load(name, root="data"):
         twice = [part.meta["users"][user] for user in known(part.meta, everyone)]
         require(not twice, f"{name}: a person is in two sets: {', '.join(twice)}; drop one set")
         users.append(part.users + len(everyone))
-        everyone += identities(part.meta, range(len(part.meta["users"])))
+        everyone += identities(part.meta)
         codes = np.array([*map(classes.index, part.meta["classes"]), -1])
         labels.append(codes[part.labels])                                      # -1 stays
     windows, users, labels = map(np.concatenate, ([part.windows for part in sets], users, labels))
@@ -768,9 +768,10 @@ def people(meta, users=None):
     everyone = list(zip(meta["sources"], meta["users"]))
     return everyone if users is None else [everyone[user] for user in users]
 
-def identities(meta, users):
+def identities(meta, users=None):
     """The same with the checksums of their recordings: [[source, name, [checksum, ...]], ...]."""
-    return [[*who, meta["checksums"][user]] for user, who in zip(users, people(meta, users))]
+    everyone = [[*who, own] for who, own in zip(people(meta), meta["checksums"])]
+    return everyone if users is None else [everyone[user] for user in users]
 
 def known(meta, trained_on):
     """The users who are among `trained_on` (of `identities`; older runs have no checksums), by
