@@ -205,7 +205,7 @@ def test_a_network_keeps_the_epoch_that_is_best_for_validation_users(run, mode):
     epochs = [line.split() for line in printed.splitlines() if line.startswith("epoch")]
     best, network = np.argmax([words[3] for words in epochs]), result(f"official-{mode}")
     assert network["folds"][0]["epoch"] == best + 1 == len(epochs) - 2
-    assert network["macro_f1"] > 0.6                   # by chance: 0.33
+    assert network["macro_f1"] > 0.5                   # by chance: 0.33
     assert Path("runs/a/checkpoint.pt").read_bytes() == before
 
 def test_a_result_is_left_alone_until_the_weights_change_and_two_at_once_do_no_harm(run):
