@@ -1,5 +1,5 @@
 """What several test files use. Tests marked `slow` take minutes and run only by name: -m slow"""
-import importlib, json, os, sys
+import importlib, json, os, signal, sys
 os.environ["OMP_NUM_THREADS"] = "1"                    # before numpy: waiting threads cost time
 from pathlib import Path
 
@@ -8,6 +8,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))            # so that `pytest` finds them alone
 import data
+
+signal.signal(signal.SIGINT, signal.default_int_handler)       # which nohup has set to: ignored
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; run by hand with -m slow")

@@ -485,7 +485,7 @@ def test_people_are_known_by_name_and_by_their_recordings_whatever_they_are_call
     assert data.known(again, [["mine", "ann"], ["again", "cy"]]) == []         # an older run's
     assert data.known(again, [["again", "bea"]]) == [0]
     write("lab/ann.npz", npz(movement(clock(25, 50, 3.3))))                    # of another lab
-    assert data.people(prepare("folder", "lab", "b", own_source="B").meta) == [("B", "ann")]
+    assert data.people(prepare("folder", "lab", "b", source="B").meta) == [("B", "ann")]
     assert len(data.load("mine+b").meta["users"]) == 2
     write("three/ann.npz", npz(X25[:, :3]))
     three = prepare("folder", "three", "three")
