@@ -248,6 +248,17 @@ def number(kind, low, high=1e9):
         raise argparse.ArgumentTypeError(f"{text} is not {what} from {low:g} to {high:g}")
     return parse
 
+def build_parser(flags, text):
+    """An argparse parser of {name: (default, type or choices, what it does)}; bool: a switch."""
+    p = argparse.ArgumentParser(description=text,
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for name, (default, allowed, meaning) in flags.items():
+        kind = {"choices": allowed} if isinstance(allowed, list) else {"type": allowed}
+        if allowed is bool:
+            kind = {"action": "store_true"}
+        p.add_argument("--" + name.replace("_", "-"), default=default, help=meaning, **kind)
+    return p
+
 def command(main):
     """Run `main()` as a command line: an error is one sentence on stderr, never a traceback."""
     try:
@@ -808,61 +819,70 @@ def describe(name):
                         f"windows of each class: {', '.join(classes)}",
                         *left_out, *lines(meta["mended"]), *meta["remarks"]])
 
+def overview():
+    """A line for each data set."""
+    made = {path.parent.name for path in Path("data").glob("[!.]*/meta.json")}
+    for name in sorted(made | set(SOURCES)):
+        print(describe(name).split("\n")[0] if name in made else
+              f"{name} (not prepared) {SOURCES[name].text}")
+
 def plot(name):
     """Draw three windows of each class, one after another."""
     from matplotlib import pyplot as plt
     windows, _, labels, meta = load_one(name)
     kinds = np.unique(labels)
-    plt.figure(figsize=(14, 1.5 * len(kinds) + 1), layout="constrained")
-    for row, label in enumerate(kinds, start=1):
+    figure, rows = plt.subplots(len(kinds), squeeze=False, layout="constrained",
+                                figsize=(14, 1.5 * len(kinds) + 1))
+    for label, ax in zip(kinds, rows.flat):
         chosen = random_stream("plot", label).choice(np.flatnonzero(labels == label), 3)
         x = np.hstack(windows[chosen]).T           # (3 T, C)
-        title = [*meta["classes"], "no label"][label]
-        plt.subplot(len(kinds), 1, row).set_title(title, parse_math=False)
-        curves = plt.plot(np.arange(len(x)) / meta["rate"], x, lw=0.8)
-    plt.xlabel("s")
+        curves = ax.plot(np.arange(len(x)) / meta["rate"], x, lw=0.8)
+        ax.set_title([*meta["classes"], "no label"][label], parse_math=False)
+    ax.set_xlabel("s")
     units = [f"{channel} ({SENSORS[channel[:-2]].unit})" for channel in meta["channels"]]
-    plt.figlegend(curves, units, loc="outside right upper")
+    figure.legend(curves, units, loc="outside right upper")
     with replacing(Path("data") / name / "plot.png") as temporary:
-        plt.savefig(temporary, dpi=90)
+        figure.savefig(temporary, dpi=90)
     print(f"data/{name}/plot.png shows {3 * len(kinds)} windows")
 
+FLAGS = {                # name: (default, range or choices, what it does)
+    "raw": ("data/raw", str, "folder of the archives or the recordings"),
+    "name": (None, str, "prepare it as data/NAME/; without it, under the name of the source"),
+    "limit_users": (None, number(int, 1), "only the first so many users, for a quick look"),
+    "force": (False, bool, "replace a set that is prepared already"),
+}
+OWN_FLAGS = {            # of one source
+    "simulated": {
+        "users": (40, number(int, 1), "simulated: number of people"),
+        "hours_per_user": (0.5, number(float, 1e-3, 1e4), "simulated: hours of each person"),
+        "spread": (1.0, number(float, 0, 1e4), "simulated: how people differ; 0: clones"),
+        "seed": (0, int, "simulated: another seed, other people"),
+    },
+    "folder": {
+        "source": (None, str, "folder: whose recordings these are; without it, what stands before "
+                   "the first _ of the files' names, if all have one, or the name of the set"),
+        **{f"{name}_unit": (sensor.unit, [*sensor.units], "folder: its unit in the files")
+           for name, sensor in SENSORS.items()},
+    },
+}
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    flag, count = parser.add_argument, number(int, 1)
-    flag("what", nargs="?", choices=[*SOURCES, "plot"], help="what to prepare; without: a list")
-    flag("which", nargs="?", default="", help="with plot: the prepared set to draw")
-    flag("--raw", default="data/raw", help="folder of the archives or the recordings")
-    flag("--name", help="prepare it as data/NAME/; without it, under the name of the source")
-    flag("--limit-users", type=count, metavar="N", help="only the first N users, for a quick look")
-    flag("--force", action="store_true", help="replace a set that is prepared already")
-    own = {"simulated": ["users", "hours_per_user", "spread", "seed"], "folder": ["own_source"]}
-    flag("--users", type=count, default=40, help="simulated: number of people")
-    flag("--hours-per-user", type=number(float, 1e-3, 1e4), default=0.5,
-         help="simulated: hours of each person")
-    flag("--spread", type=number(float, 0, 1e4), default=1.0,
-         help="simulated: how people differ; 0: clones")
-    flag("--seed", type=int, default=0, help="simulated: another seed, other people")
-    flag("--source", dest="own_source", help="folder: which people these are; without it, what "
-         "stands before the first _ of the files' names, if all have one, or the name of the set")
-    for sensor, entry in SENSORS.items():
-        flag(f"--{sensor}-unit", choices=[*entry.units], default=entry.unit,
-             help="folder: its unit in the files")
-        own["folder"].append(f"{sensor}_unit")
+    flags = {**FLAGS, **OWN_FLAGS["simulated"], **OWN_FLAGS["folder"]}
+    parser = build_parser(flags, __doc__.split("\n")[1])
+    parser.add_argument("what", nargs="?", choices=[*SOURCES, "plot"], help="without: a list")
+    parser.add_argument("which", nargs="?", default="", help="with plot: the prepared set")
     a = parser.parse_args()
     if a.what == "plot":
         return plot(a.which)
     if a.what is None:
-        made = {path.parent.name for path in Path("data").glob("[!.]*/meta.json")}
-        for name in sorted(made | set(SOURCES)):
-            print(describe(name).split("\n")[0] if name in made else
-                  f"{name} (not prepared) {SOURCES[name].text}")
-        return
-    settings = {key: getattr(a, key) for key in [*own.get(a.what, []), "limit_users"]}
+        return overview()
     name = a.name or a.what
     require(re.fullmatch(r"[A-Za-z0-9][\w.-]*", name), f"--name {name}: use letters, digits, _.-")
-    prepare(name, {"source": a.what, **settings}, a.raw, a.force)
+    own = {flag: getattr(a, flag) for flag in OWN_FLAGS.get(a.what, ())}
+    if a.what == "folder":
+        own["own_source"] = own.pop("source")
+    settings = {"source": a.what, **own, "limit_users": a.limit_users}
+    prepare(name, settings, a.raw, a.force)
 
 if __name__ == "__main__":
     command(main)

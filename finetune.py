@@ -29,11 +29,11 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from data import (SENSOR_CHOICES, SENSORS, UserError, command, held_out_users, known, load, number,
-                  provenance, random_rotation, random_stream, read_json, replacing, require,
-                  windows_at, write_json)
+from data import (SENSOR_CHOICES, SENSORS, UserError, build_parser, command, held_out_users,
+                  known, load, number, provenance, random_rotation, random_stream, read_json,
+                  replacing, require, windows_at, write_json)
 from model import MAE
-from pretrain import build_parser, choose_device, load_checkpoint, read_config
+from pretrain import choose_device, load_checkpoint, read_config
 
 PENALTIES = [3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4]            # L2, strongest first
 LEARNING_RATE = {"tune": 3e-4, "scratch": 1e-3}             # of the modes that train a network

@@ -237,8 +237,8 @@ def read_cell(cell):
 
 def default(flag):
     """What a run that doesn't name this flag had."""
-    from pretrain import build_parser                  # here, as it imports torch
-    return build_parser().get_default(flag)
+    from pretrain import FLAGS                         # here, as it imports torch
+    return FLAGS[flag][0] if flag in FLAGS else None
 
 def collect(folder, out):
     """Write results.csv, a row for each finished run, into `out`."""
@@ -295,8 +295,8 @@ def grid_study(path):
     tops = {x: top for x, top in tops.items() if ranges[x].keys() == whole.keys()}
     models = map("{:.0f}x{:.0f}x{:.0f}".format, table["width"], table["depth"], table["heads"])
     first = {"name": "grid", "form": FORM, "parameters": None, "noise": noise(table),
-             "models": dict(zip(models, table["params_encoder"])), "fits": [], "ci95": None, "held_out": {},
-             **rows_of(table, SETTINGS, "loss")}
+             "models": dict(zip(models, table["params_encoder"])), "fits": [], "ci95": None,
+             "held_out": {}, **rows_of(table, SETTINGS, "loss")}
     if not whole:
         print("note: no law: it takes three numbers of users, and six settings of users and time")
         return table, first
@@ -558,7 +558,8 @@ def verdicts_of(table, first):
             f"Yes: twice as long, the same people have {less[1]} less loss.", "No."), times),
         "users_minus_hours_exponent": users_or_hours(table),
         "hours_saturate": verdict("Do the hours of one person run out?", (
-            f"Yes: they count half after {60 * (h or 0):.2g} minutes.", f"Not within {duration(longest)}."),
+            f"Yes: they count half after {60 * (h or 0):.2g} minutes.",
+            f"Not within {duration(longest)}."),
             h, ends, ends and [3 * longest - ends[1], 3 * longest - ends[0]]),
         "power_law": verdict("Does the law predict the largest number of users?", (
             "Yes, better than straight lines do.", "No, straight lines do it better.",

@@ -19,10 +19,10 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from data import (RATE, SENSOR_CHOICES, SENSORS, UserError, command, draw_windows, held_out_users,
-                  held_out_windows, identities, load, number, people, provenance, random_rotation,
-                  random_stream, read_json, replacing, require, training_users, windows_at,
-                  write_json)
+from data import (RATE, SENSOR_CHOICES, SENSORS, UserError, build_parser, command, draw_windows,
+                  held_out_users, held_out_windows, identities, load, number, people, provenance,
+                  random_rotation, random_stream, read_json, replacing, require, training_users,
+                  windows_at, write_json)
 from model import MAE, draw_masks, forward_flops, parameters
 
 HeldOut = namedtuple("HeldOut", "x keep masked person people half")            # see `held_out`
@@ -217,16 +217,6 @@ MACHINE = {              # the same, of what doesn't change the result of a run
     "out": ("runs/pretrain", str, "folder of this run; the same command resumes it"),
 }
 
-def build_parser(flags=None, text="Pre-train one cell of the grid."):
-    p = argparse.ArgumentParser(description=text,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for name, (default, allowed, meaning) in (flags or FLAGS | MACHINE).items():
-        kind = {"choices": allowed} if isinstance(allowed, list) else {"type": allowed}
-        if allowed is bool:
-            kind = {"action": "store_true"}
-        p.add_argument("--" + name.replace("_", "-"), default=default, help=meaning, **kind)
-    return p
-
 def check_flags(a, prepared, held, trainable):
     """Raise UserError for flags that don't suit these data."""
     samples, seconds = prepared.windows.shape[2], prepared.meta["seconds"]
@@ -357,7 +347,7 @@ def result_of(config, state, held, baseline, windows, hours):
         "config": {**flags, "fingerprint": config["fingerprint"]}}
 
 def main():
-    flags = build_parser().parse_args()
+    flags = build_parser(FLAGS | MACHINE, "Pre-train one cell of the grid.").parse_args()
     run, device = Path(flags.out), choose_device(flags.device)
     torch.set_num_threads(flags.threads or os.cpu_count())
     if flags.precision == "auto":

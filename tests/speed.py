@@ -80,7 +80,8 @@ def curve(name, lr, seconds):
     """Train for so many CPU seconds: ours as pretrain.py does, a peer with AdamW, warm-up and a
     cosine to zero. Yields a row of the table at each evaluation."""
     prepared, ours = load("pool"), name.startswith("ours")
-    flags = pretrain.build_parser().parse_args(["--patch", "5" if name == "ours" else "10"])
+    parser = data.build_parser(pretrain.FLAGS | pretrain.MACHINE, "")
+    flags = parser.parse_args(["--patch", "5" if name == "ours" else "10"])
     rows = draw_windows(prepared, training_users(prepared.meta, 0), None, 0)
     held = pretrain.held_out(prepared, flags)
     baseline = pretrain.evaluate(model.MAE(64, 3, 4, flags.patch).baseline, held).mean()

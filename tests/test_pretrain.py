@@ -15,11 +15,11 @@ from model import MAE
 CODE = Path(__file__).parent.parent
 TINY = "pretrain.py --width 16 --depth 1 --heads 2 --patch 20 --batch 16 --threads 1"
 CELL = f"{TINY} --users 4 --hours-per-user 0.02 --patience 0"
-FLAGS = pretrain.build_parser().parse_args("--patch 20 --batch 8 --rotate 0.5".split())
+FLAGS = data.build_parser(pretrain.FLAGS | pretrain.MACHINE, "").parse_args("--patch 20 --batch 8 --rotate 0.5".split())
 pytestmark = pytest.mark.usefixtures("home")
 
 def seeded(seed):
-    return pretrain.build_parser().parse_args(f"--patch 20 --batch 8 --seed {seed}".split())
+    return data.build_parser(pretrain.FLAGS | pretrain.MACHINE, "").parse_args(f"--patch 20 --batch 8 --seed {seed}".split())
 
 def weights(run):
     state = torch.load(f"runs/{run}/checkpoint.pt", weights_only=True)
