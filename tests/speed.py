@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from contender import PEERS
+import data
 import model
 import pretrain
 from data import draw_windows, load, random_stream, training_users, windows_at
