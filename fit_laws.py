@@ -547,7 +547,7 @@ def verdicts_of(table, first):
     less = [f"{1 - 2 ** -values.mean():.0%}" if len(values) else "" for values in (people, times)]
     h, ends = ((first[key] or {}).get("h") for key in ("parameters", "ci95"))
     held, margin = first["held_out"].get("users"), None
-    if held:
+    if held and held["n"] > 5 and len({*seeds}) > 2:       # fewer decide nothing
         _, *straight = (error["rms_relative_error"] if error else math.nan
                         for error in held["forecasters"].values())
         margin = [error - held["rms_relative_error"] for error in sorted(straight)]
@@ -600,7 +600,10 @@ def screen(table, verdicts, out):
         cells = [runs["loss"][(runs["users"] == users) & (runs["time"] == time)] for time in times]
         print(f"{users:8.0f}", *(f"{cell.mean():8.4f}" if len(cell) else f"{'-':>8}"
                                  for cell in cells))
-    print("", *(f"- {verdict['text']}" for verdict in verdicts.values()), "", sep="\n")
+    one_size = len({*table["params_encoder"]}) == 1
+    said = [verdict["text"] for claim, verdict in verdicts.items()
+            if not (one_size and claim == "capacity_interaction")]
+    print("", *(f"- {text}" for text in said), "", sep="\n")
     print(f"Open {out / 'loss_vs_users.png'}; numbers and intervals are in {out / 'laws.json'}.")
     print(f"Next: python fit_laws.py {out / 'laws.json'} --recommend --hours 20 --setup 0.5")
 
@@ -675,13 +678,17 @@ def figures(table, first):
         names = {"users": "most people", "hours_per_user": "longest recordings"}
         ax.set_xticks(np.arange(len(held)) + .3, [names.get(x, "largest model") for x in held])
         ax.yaxis.set_major_formatter(lambda error, _: f"{error:.0%}")
-        ax.legend(frameon=False)
+        ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
         yield "predicted", ax
     scores = [score for score in table if score.endswith("_macro_f1")]
     if scores:
-        axes = panels(scores, LOSS, "macro-F1 of a linear probe")
+        names = [score.removesuffix("_macro_f1") for score in scores]
+        axes = panels(names, LOSS, "macro-F1 of a linear probe")
         for ax, score in zip(axes, scores):
-            ax.scatter(table["loss"], table[score], 15, np.log(table["params_encoder"]))
+            for name, size in first["models"].items():
+                rows = take(table, table["params_encoder"] == size)
+                ax.scatter(rows["loss"], rows[score], 15, label=name)
+        ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
         yield "downstream", axes[0]
 
 # ---------------------------------------------------------------- the command line
