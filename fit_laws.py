@@ -590,7 +590,7 @@ def show(first):
         print(f"  {name:6}{np.array2string(np.array(value), precision=4)}  "
               f"{ends if ends == 'no interval' else np.array2string(np.array(ends), precision=4)}")
 
-def screen(table, verdicts, out):
+def screen(table, first, verdicts, out):
     """What a sweep ends with."""
     runs = main_model(table)
     times = np.unique(runs["time"])
@@ -605,7 +605,8 @@ def screen(table, verdicts, out):
             if not (one_size and claim == "capacity_interaction")]
     print("", *(f"- {text}" for text in said), "", sep="\n")
     print(f"Open {out / 'loss_vs_users.png'}; numbers and intervals are in {out / 'laws.json'}.")
-    print(f"Next: python fit_laws.py {out / 'laws.json'} --recommend --hours 20 --setup 0.5")
+    advice = f"python fit_laws.py {out / 'laws.json'} --recommend --hours 20 --setup 0.5"
+    print(f"Next: {advice if first['fits'] else 'the same grid with more USERS and HOURS'}")
 
 # ---------------------------------------------------------------- figures
 LOSS = "loss on held-out people"
@@ -734,7 +735,7 @@ def main():
             ax.figure.savefig(path, dpi=150)
     show(first)
     if verdicts:
-        screen(table, verdicts, a.out)
+        screen(table, first, verdicts, a.out)
 
 if __name__ == "__main__":
     command(main)

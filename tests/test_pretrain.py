@@ -15,11 +15,14 @@ from model import MAE
 CODE = Path(__file__).parent.parent
 TINY = "pretrain.py --width 16 --depth 1 --heads 2 --patch 20 --batch 16 --threads 1"
 CELL = f"{TINY} --users 4 --hours-per-user 0.02 --patience 0"
-FLAGS = data.build_parser(pretrain.FLAGS | pretrain.MACHINE, "").parse_args("--patch 20 --batch 8 --rotate 0.5".split())
+def parsed(words):
+    return data.build_parser(pretrain.FLAGS | pretrain.MACHINE, "").parse_args(words.split())
+
+FLAGS = parsed("--patch 20 --batch 8 --rotate 0.5")
 pytestmark = pytest.mark.usefixtures("home")
 
 def seeded(seed):
-    return data.build_parser(pretrain.FLAGS | pretrain.MACHINE, "").parse_args(f"--patch 20 --batch 8 --seed {seed}".split())
+    return parsed(f"--patch 20 --batch 8 --seed {seed}")
 
 def weights(run):
     state = torch.load(f"runs/{run}/checkpoint.pt", weights_only=True)
