@@ -248,10 +248,12 @@ def number(kind, low, high=1e9):
         raise argparse.ArgumentTypeError(f"{text} is not {what} from {low:g} to {high:g}")
     return parse
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """A file's own text as it stands, then each flag with its default."""
+
 def build_parser(flags, text):
     """An argparse parser of {name: (default, type or choices, what it does)}; bool: a switch."""
-    p = argparse.ArgumentParser(description=text,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=text, formatter_class=Help)
     for name, (default, allowed, meaning) in flags.items():
         kind = {"choices": allowed} if isinstance(allowed, list) else {"type": allowed}
         if allowed is bool:
@@ -868,7 +870,7 @@ OWN_FLAGS = {            # of one source
 
 def main():
     flags = {**FLAGS, **OWN_FLAGS["simulated"], **OWN_FLAGS["folder"]}
-    parser = build_parser(flags, __doc__.split("\n")[1])
+    parser = build_parser(flags, __doc__)
     parser.add_argument("what", nargs="?", choices=[*SOURCES, "plot"], help="without: a list")
     parser.add_argument("which", nargs="?", default="", help="with plot: the prepared set")
     a = parser.parse_args()

@@ -10,7 +10,7 @@ From finished runs to a scaling law: its fit, what it predicts, and which claims
 
 A table is {column: array (n,)}, a row a run. To change a law, change its function and its ranges.
 """
-import argparse, csv, math
+import csv, math
 from collections import namedtuple
 from pathlib import Path
 
@@ -18,7 +18,8 @@ import numpy as np
 from scipy.optimize import least_squares
 from scipy.stats import t as student
 
-from data import UserError, command, number, provenance, read_json, replacing, require, write_json
+from data import (UserError, build_parser, command, number, provenance, read_json, replacing,
+                  require, write_json)
 
 # ---------------------------------------------------------------- two laws
 Law = namedtuple("Law", "formula ranges huber")        # residuals above huber count linearly
@@ -693,27 +694,27 @@ def figures(table, first):
         yield "downstream", axes[0]
 
 # ---------------------------------------------------------------- the command line
+FLAGS = {                # name: (default, range or choices, what it does)
+    "out": (None, Path, "folder for laws.json, the figures and a grid's table"),
+    "y": ("loss", str, "the column to explain"),
+    "no_floor": (False, bool, "E is 0: with enough data any loss can be reached"),
+    "holdout": (None, str, "a column: predict the rows where it is largest, too"),
+    "group": (None, str, "a column: rows with the same value are resampled together"),
+    "bootstrap": (1000, number(int, 0), "resampled tables for a table's intervals; 0: none"),
+    "recommend": (False, bool, "advice, for --users and --hours-per-user or --hours and --setup"),
+    "users": (None, number(float, 1), "people in the plan"),
+    "hours_per_user": (None, number(float, 1e-3), "hours recorded of each"),
+    "hours": (None, number(float, 1e-3), "the budget: hours in all, set-up included"),
+    "setup": (None, number(float, 1e-3), "hours that a person costs before recording"),
+    "predict": (None, Path, "a CSV of cells (name, factors): write prediction.json, or "
+                "outcome.json with the errors if y was measured in all"),
+}
+
 def main():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = p.add_argument
-    add("target", type=Path, help="folder of runs, a grid's results.csv, a table, or a laws.json")
-    add("--out", type=Path, help="folder for laws.json, the figures and a grid's table")
-    add("--x", nargs="+", metavar="TERM", type=lambda term: tuple(term.split("*")),
-        help="columns of a table; those joined by * share a term")
-    add("--y", default="loss", help="the column to explain (default: loss)")
-    add("--no-floor", action="store_true", help="E is 0: with enough data any loss can be reached")
-    add("--holdout", metavar="COLUMN", help="predict the rows where it is largest, too, and first")
-    add("--group", metavar="COLUMN", help="rows with the same value are resampled together")
-    add("--bootstrap", type=number(int, 0), default=1000,
-        help="resampled tables for a table's intervals, or 0 (default: 1000)")
-    add("--recommend", action="store_true", help="advice for a plan, or for a budget:")
-    add("--users", type=number(float, 1), help="people in the plan")
-    add("--hours-per-user", type=number(float, 1e-3), help="hours recorded of each")
-    add("--hours", type=number(float, 1e-3), help="the budget: hours in all, set-up included")
-    add("--setup", type=number(float, 1e-3), help="hours that a person costs before recording")
-    add("--predict", type=Path, metavar="CSV", help="write prediction.json for these cells (name, "
-        "factors), or outcome.json with the errors if y was measured in all")
+    p = build_parser(FLAGS, __doc__)
+    p.add_argument("target", type=Path, help="folder of runs, a results.csv, a table, a laws.json")
+    p.add_argument("--x", nargs="+", type=lambda term: tuple(term.split("*")), metavar="TERM",
+                   help="columns of a table; those joined by * share a term")
     a = p.parse_args()
     require(a.out or a.recommend or a.predict, "give --out a folder to write to")
     if a.recommend:

@@ -347,7 +347,7 @@ def result_of(config, state, held, baseline, windows, hours):
         "config": {**flags, "fingerprint": config["fingerprint"]}}
 
 def main():
-    flags = build_parser(FLAGS | MACHINE, "Pre-train one cell of the grid.").parse_args()
+    flags = build_parser(FLAGS | MACHINE, __doc__).parse_args()
     run, device = Path(flags.out), choose_device(flags.device)
     torch.set_num_threads(flags.threads or os.cpu_count())
     if flags.precision == "auto":
