@@ -144,7 +144,7 @@ def start(line, before=PLAIN):
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 def test_a_killed_run_goes_on_bit_identically_and_two_processes_corrupt_nothing(home):
-    line = f"{CELL} --steps 200 --precision fp32 --out runs/"
+    line = f"{CELL} --steps 60 --precision fp32 --out runs/"
     often = PLAIN + "pretrain.SAVE_EVERY = 0; "
     assert pretrain.SAVE_EVERY == 10, "seconds"
     whole, killed = start(line + "whole"), start(line + "killed", often)
