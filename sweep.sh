@@ -10,6 +10,7 @@
 # left its result.json. Exit status: 0 if all is done, 1 if a cell isn't, 2 for a senseless grid.
 #SBATCH --requeue --open-mode=append
 set -f -a                # no file patterns; variables and functions reach the shells of xargs
+MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2000000000   # glibc keeps what is freed: faster steps
 crowd=simulated-spread${SPREAD:=1}-seed${SEED:=0}          # simulated people: a set for each
 DATA=${DATA:-$crowd}                             # a data set, or several: a+b; made if missing
 if [ "$DATA" = "$crowd" ]; then                  # minutes, not hours
@@ -103,5 +104,8 @@ xargs -r -n 1 -P "$JOBS" bash -c 'work "$0"' <<< "$todo" | while read -r line; d
 done
 [ -z "$(open)" ] || { echo "sweep.sh: not done:" $(open) >&2; exit 1; }
 [ -z "${SLURM_ARRAY_TASK_ID-}" ] || exit 0
-for set in $PROBES; do "$PYTHON" "$code/finetune.py" "${cells[@]/#/$OUT/}" --data "$set" || exit 1; done
+for set in $PROBES; do                           # as many processes as cells at once
+    printf '%s\0' "${cells[@]/#/$OUT/}" | xargs -0 -n $(((all + JOBS - 1) / JOBS)) -P "$JOBS" \
+        bash -c '"$PYTHON" "$code/finetune.py" "$@" --data "$0"' "$set" || exit 1
+done
 "$PYTHON" "$code/fit_laws.py" "$OUT" --out "${RESULTS:-results/$(basename "$OUT")}"
