@@ -55,8 +55,8 @@ command_of() {   # a cell
         --width $width --depth $depth --heads $heads --seed ${s#s} --steps "$STEPS" ${FLAGS-} \
         --out "$OUT/$1"
 }
-state() {        # done, failed or to do: by the log's last line
-    local last; last=$(tail -n 1 "$OUT/$1/log.txt" 2>/dev/null)
+state() {        # done, failed or to do: by the last end in its log; another sweep may be writing
+    local last; last=$(grep -E "^(done|failed): " "$OUT/$1/log.txt" 2>/dev/null | tail -n 1)
     if [ -s "$OUT/$1/result.json" ] && [ "$last" = "done: $(command_of "$1")" ]; then echo done
     elif [[ $last = failed:* ]]; then echo failed; else echo "to do"; fi
 }
