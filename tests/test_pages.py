@@ -60,7 +60,8 @@ def test_every_interval_in_a_page_is_in_a_committed_table_or_follows_from_sensor
         for row in csv.DictReader(open(path)):
             known += [[float(row[name]), float(row[name.replace("low", "high")])]
                       for name in row if name.split("_")[-1] == "low"]
-    known += [[100 * low, 100 * high] for low, high in known]              # as a percentage
+    known += [[unit * low, unit * high]                                    # %, seconds
+              for low, high in known for unit in (100, 3600)]
     for low, high in re.findall(r"\[(-?[\d.]+), (-?[\d.]+)\]", (ROOT / page).read_text()):
         assert any(rounded(ends[0], low) and rounded(ends[1], high) for ends in known), (low, high)
 
