@@ -662,6 +662,7 @@ def write_set(name, settings, raw, out):
         np.save(out / f"{part}.npy", array)
     firsts = [windows[np.array(first) & (arrays["users"] == user)][:64]
               for user in range(len(names))]
+    checksums = [[hashlib.sha256(x).hexdigest()[:12] for x in own] for own in firsts]
     own = {"folder": name, "simulated": f"simulated-{settings.get('seed')}"}
     sources = [own.get(what, what.split("_")[0])] * len(names)   # WISDM's sets: the same people
     if all(user.find("_") > 0 for user in names):
@@ -674,10 +675,11 @@ def write_set(name, settings, raw, out):
         "classes": classes, "windows": len(rows), "hours": len(rows) * source.seconds / 3600,
         "left_out": {why: n for why, n in account.items() if not why.startswith("mended")},
         "mended": {why: n for why, n in account.items() if why.startswith("mended")},
-        "remarks": remarks(names, windows, arrays["users"]) + folder_remarks(what, names, raw),
+        "remarks": [*remarks(names, windows, arrays["users"]), *same_recordings(names, checksums),
+                    *folder_remarks(what, names, raw)],
         "origin": "; ".join([source.text, *source.archives]),
         "test_users": [user for user in names if user in source.test_users] or None,
-        "checksums": [[hashlib.sha256(x).hexdigest()[:12] for x in own] for own in firsts],
+        "checksums": checksums,
         "settings": settings, "provenance": provenance(), "fingerprint": fingerprint(**arrays)})
 
 def remarks(names, windows, users):
@@ -693,6 +695,15 @@ def remarks(names, windows, users):
         if np.median(np.linalg.norm(x[:, :3].mean(2), axis=1)) < 0.5:
             found["gravity is missing, which encoders expect"].append(name)
     return [f"{what}: {', '.join(who)}" for what, who in found.items()]
+
+def same_recordings(names, checksums):
+    owners = defaultdict(dict)
+    for name, own in zip(names, checksums):
+        for one in own:
+            owners[one][name] = True
+    twice = dict.fromkeys(" and ".join(who) for who in owners.values() if len(who) > 1)
+    return [f"the same recording of {who}: leave one out, or it is trained on and tested"
+            for who in twice]
 
 def folder_remarks(what, names, raw):
     """Of own recordings: files that aren't read, and names that look like sessions of a person."""
