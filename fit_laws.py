@@ -11,7 +11,7 @@ From finished runs to a scaling law: its fit, what it predicts, and which claims
 A table is {column: array (n,)}, a row a run. To change a law, change its function and its ranges.
 """
 import csv, math
-from collections import namedtuple
+from collections import Counter, namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -171,15 +171,12 @@ def last_ratio(rest, row, y, settings, x):
 
 # ---- from here on: files, flags, figures
 # ---------------------------------------------------------------- tables
-WORDS = {"true": 1, "wahr": 1, "false": 0, "falsch": 0, "": math.nan}
-
 def as_number(text, mark):
-    """None for other texts. Where the separator isn't a comma, a comma may be a decimal one."""
-    text = text.strip().lower()
-    if text in WORDS:
-        return WORDS[text]
+    """nan for an empty text, None for any other that is no number. Where the separator isn't a
+    comma, a comma may be a decimal one."""
+    text = text if mark == "," else text.replace(",", ".")
     try:
-        return float(text if mark == "," else text.replace(",", "."))
+        return float(text.strip() or "nan")
     except ValueError:
         return None
 
@@ -188,20 +185,20 @@ def read_csv(path, needed, from_0=()):
     needed have numbers above 0, or from 0 on."""
     try:
         text = path.read_text(encoding="utf-8-sig")
-        mark = next((mark for mark in ";\t" if mark in text.partition("\n")[0]), ",")
+        mark = max(",;\t", key=text.partition("\n")[0].count)
         reader = csv.reader(text.splitlines(), delimiter=mark, skipinitialspace=True)
         rows = {reader.line_num: row for row in reader if "".join(row).strip()}
     except (OSError, ValueError, csv.Error):
         raise UserError(f"{path} is no CSV table or folder of runs: name one") from None
     require(len(rows) > 1, f"{path} has no rows: give a header and a line per row")
     names = rows.pop(min(rows))
-    for line, row in rows.items():
-        require(len(row) == len(names), f"{path}, line {line}: {len(row)} fields, but the header "
-                f"has {len(names)}")
     require(len({*names}) == len(names), f"{path} has a column twice in {names}: rename one")
     absent = [name for name in needed if name not in names]
     require(not absent, f"{path} has no column {absent} (name factors by --x); it has "
             f"{', '.join(names)[:200]}")
+    for line, row in rows.items():
+        require(len(row) == len(names), f"{path}, line {line}: {len(row)} fields, but the header "
+                f"has {len(names)}")
     table = {}
     for name, texts in zip(names, zip(*rows.values())):
         values = [as_number(text, mark) for text in texts]
@@ -215,8 +212,8 @@ def read_csv(path, needed, from_0=()):
 # ---------------------------------------------------------------- a grid of runs
 SETTINGS = "users", "time", "params_encoder"           # time: hours of each, for a cap the mean
 MAY_DIFFER = {"users", "hours_per_user", "width", "depth", "heads", "seed", "steps"}
-FROM_0 = "seed", "converged", "hours_cap"
 NEEDED = "users", "hours_per_user", "hours", "params_encoder", "width", "depth", "heads", "loss"
+SCORE = "_macro_f1"                                    # a probe's column: DATA_macro_f1
 
 def read_cell(cell):
     """A finished run's flags, and its row of results.csv."""
@@ -231,33 +228,29 @@ def read_cell(cell):
             row |= {f"{data}_{key}": value for key, value in read_json(path).items()
                     if isinstance(value, (int, float))}
         require(all(row[key] > 0 for key in NEEDED), "a number isn't above 0")
-        return dict(result["config"]), row
+        return result["config"] | {}, row
     except (LookupError, TypeError, ValueError, AttributeError, UserError) as error:
         raise UserError(f"{cell} has a damaged file ({error!r}): delete it, run this cell again"
                         ) from None
 
-def default(flag):
-    """What a run that doesn't name this flag had."""
-    from pretrain import FLAGS                         # here, as it imports torch
-    return FLAGS[flag][0] if flag in FLAGS else None
-
 def collect(folder, out):
-    """Write results.csv, a row for each finished run, into `out`."""
-    flags, rows = {}, []
+    """Write results.csv, a row for each finished run, into `out`. UserError if their flags differ;
+    one that a run doesn't name had its default."""
+    from pretrain import FLAGS                         # here, as it imports torch
+    defaults = {flag: default for flag, (default, *_) in FLAGS.items()}
+    rows, usual = [], None
     for cell in sorted(folder.glob("*/")):
-        if (cell / "result.json").is_file():
-            flags[cell.name], row = read_cell(cell)
-            rows.append(row)
-        else:
+        if not (cell / "result.json").is_file():
             print(f"note: {cell.name} is not done and is left out")
+            continue
+        flags, row = read_cell(cell)
+        flags, rows = defaults | flags, [*rows, row]
+        usual = usual or flags
+        for key in (flags.keys() | usual) - MAY_DIFFER:
+            value, other = flags.get(key), usual.get(key)
+            require(value == other, f"{folder} mixes configurations: {key} is {value} in "
+                    f"{cell.name}, {other} in {rows[0]['name']}: give each its own folder")
     require(rows, f"{folder} has no finished run: train first")
-    for key in {key for named in flags.values() for key in named} - MAY_DIFFER:
-        values = {cell: named[key] if key in named else default(key)
-                  for cell, named in flags.items()}
-        (first, usual), *others = values.items()
-        for cell, value in others:
-            require(value == usual, f"{folder} mixes configurations: {key} is {value} in {cell}, "
-                    f"{usual} in {first}: give each its own folder")
     with replacing(out / "results.csv") as path, open(path, "w", newline="") as file:
         columns = dict.fromkeys(key for row in rows for key in row)
         writer = csv.DictWriter(file, columns, restval=math.nan)
@@ -267,9 +260,9 @@ def collect(folder, out):
 
 def read_grid(path):
     """The columns of a results.csv, and time; line, of equal hours; people (n, people)."""
-    table = read_csv(path, (*NEEDED, *FROM_0), FROM_0)
-    names = [*table.get("name", "")]
-    twice = {name for name in names if names.count(name) > 1}
+    from_0 = "seed", "hours_cap"
+    table = read_csv(path, NEEDED + from_0, from_0)
+    twice = [name for name, n in Counter(table.get("name", ())).items() if n > 1]
     require(not twice, f"{path} has {twice} twice: remove one")
     caps = table["hours_cap"]
     table["time"] = np.array([table["hours_per_user"][caps == cap].mean() for cap in caps])
@@ -287,27 +280,35 @@ def grid_ranges(table):
     enough = users > 2 and len(data) > 4 + (times > 1)
     return {name: GRID[name] for name in names if enough}
 
-def grid_study(path):
-    """The runs of a grid, and its laws[0]."""
-    table = read_grid(path)
-    tops = {x: table[x] == table[x].max() for x in SETTINGS}
-    ranges = {x: grid_ranges(take(table, ~top)) for x, top in tops.items()}
-    whole = grid_ranges(table)
-    tops = {x: top for x, top in tops.items() if ranges[x].keys() == whole.keys()}
+def grid_study(table):
+    """laws[0] of a grid: the fit to all its runs, without each seed in turn, and to all runs but
+    those where one setting is largest."""
+    ranges = grid_ranges(table)
+    law, held_out = Law(grid_law, ranges, 1e9), {}
     models = map("{:.0f}x{:.0f}x{:.0f}".format, table["width"], table["depth"], table["heads"])
-    first = {"name": "grid", "form": FORM, "parameters": None, "noise": noise(table),
-             "models": dict(zip(models, table["params_encoder"])), "fits": [], "ci95": None,
-             "held_out": {}, **rows_of(table, SETTINGS, "loss")}
-    if not whole:
+    first = {"name": "grid", "parameters": None, "ci95": None, "noise": noise(table), "fits": [],
+             "form": "E + 1 / (1/s + 1/R), s = A N^-a + B P^-c, N = U h H / (H + h)",
+             "models": dict(zip(models, table["params_encoder"])), "held_out": held_out,
+             **rows_of(table, SETTINGS, "loss")}
+    if not ranges:
         print("note: no law: it takes three numbers of users, and six settings of users and time")
-        return table, first
-    law = Law(grid_law, whole, 1e9)
-    first |= analyse(law, table, "loss", SETTINGS, tops, without_each_seed(table))
-    held = first["held_out"]
-    first["held_out"] = {"hours_per_user" if x == "time" else x: held[x] for x in held}
-    return table, first | {"parameters": first["fits"][0]}
+        return first
+    for x in SETTINGS:
+        top = table[x] == table[x].max()
+        if grid_ranges(take(table, ~top)).keys() == ranges.keys():
+            name = "hours_per_user" if x == "time" else x
+            held_out[name] = held_out_errors(law, table, "loss", SETTINGS, x, top)
+    fits = all_fits(law, table, "loss", without_each_seed(table))
+    if len(fits) > 3:
+        first["ci95"] = {name: grid_interval([one[name] for one in fits], low > 0)
+                         for name, (low, *_) in ranges.items()}
+    return first | {"parameters": fits[0], "fits": fits, **residuals(law, table, "loss", fits[0])}
 
-FORM = "E + 1 / (1/s + 1/R), s = A N^-a + B P^-c, N = U h H / (H + h)"
+def grid_interval(values, logs):
+    """95 % of a number, from the fits to all seeds and without each; logs: of its logarithm."""
+    whole, *rest = np.log(values) if logs else values
+    ends = np.array(interval(whole, rest))
+    return (np.exp(ends) if logs else np.maximum(ends, 0)).tolist()
 
 def noise(table):
     """A run against the mean of the other seeds of its setting: rms of the relative difference."""
@@ -322,8 +323,34 @@ HUBER = 1e-3
 def table_study(path, a):
     """laws[0] of a table, whose rows, or whole groups, are resampled for intervals."""
     factors = sum(a.x, ())
-    columns = {*factors, a.y, a.holdout or a.y}
-    table = read_csv(path, columns)
+    table = read_csv(path, [*factors, a.y, a.holdout or a.y])
+    check_table(path, table, a, factors)
+    units = {x: math.exp(np.log(table[x]).mean()) for x in factors}
+    scaled = table | {x: table[x] / units[x] for x in factors}
+    law = Law(table_law, table_ranges(scaled, a.y, a.x, not a.no_floor), HUBER)
+    groups = numbered(table[a.group]) if a.group else np.arange(len(table[a.y]))
+    rows = [np.flatnonzero(groups == group) for group in range(max(groups) + 1)]
+    draws = np.random.default_rng(0).integers(len(rows), size=(a.bootstrap, len(rows)))
+    resampled = [take(scaled, np.hstack([rows[i] for i in drawn])) for drawn in draws]
+    fits = all_fits(law, scaled, a.y, resampled)
+    summary, held_out = residuals(law, scaled, a.y, fits[0]), None
+    if a.holdout:
+        held = table[a.holdout]
+        top = held >= min(held.max() / 1.1, np.quantile(held, .9))
+        require(sum(~top) > len(law.ranges), f"{path} has too few rows without the largest "
+                f"{a.holdout}: add some")
+        errors = held_out_errors(law, scaled, a.y, factors, a.holdout, top)
+        held_out = {"column": a.holdout, **errors}
+    fits = [unscaled(numbers, units) for numbers in fits]
+    ends = {name: np.percentile([one[name] for one in fits[1:]], (2.5, 97.5))
+            for name in fits[0] if a.bootstrap}
+    form = " + ".join(["E"] + [f"A {'^-alpha '.join(term)}^-alpha" for term in a.x])
+    return {"name": "table", "x": factors, "terms": a.x, "form": form, **lists(fits[0]), **summary,
+            "ci95": lists(ends) if ends else None, "holdout": held_out, "fits": fits[:201],
+            **rows_of(table, factors, a.y)}
+
+def check_table(path, table, a, factors):
+    """UserError if the table is too small for a law; notes on rows that belong together."""
     n, least = len(table[a.y]), len(a.x) + len(factors) + 2
     require(n >= least, f"{path} has {n} rows; a law of {', '.join(factors)} needs {least}")
     for x in factors:
@@ -333,70 +360,44 @@ def table_study(path, a):
         if values.dtype.kind == "U" and 1 < len({*values}) < n and not a.group:
             print(f"note: {name} has {len({*values})} different texts in {n} rows: if those of one "
                   f"belong together, the intervals are too narrow without --group {name}")
-    twice = n - len({*zip(*map(table.get, columns))})
+    twice = n - len({*zip(*(table[x] for x in (*factors, a.y)))})
     if twice:
         print(f"note: {twice} of {n} rows are there twice: leave them out if they are one run")
-    units = {x: math.exp(np.log(table[x]).mean()) for x in factors}
-    scaled = {x: table[x] / units.get(x, 1) for x in columns}
-    groups = numbered(table[a.group]) if a.group else np.arange(n)
-    rows = [np.flatnonzero(groups == group) for group in range(max(groups) + 1)]
-    draws = np.random.default_rng(0).integers(len(rows), size=(a.bootstrap, len(rows)))
-    resampled = [take(scaled, np.hstack([rows[i] for i in drawn])) for drawn in draws]
-    tops = {}
-    if a.holdout:
-        held = table[a.holdout]
-        tops = {a.holdout: held >= min(held.max() / 1.1, np.quantile(held, .9))}
-        require(sum(~tops[a.holdout]) >= least, f"{path} has too few rows without the largest "
-                f"{a.holdout}: add some")
-    law = Law(table_law, table_ranges(scaled, a.y, a.x, not a.no_floor), HUBER)
-    first = analyse(law, scaled, a.y, factors, tops, resampled, units)
-    form = " + ".join(["E"] + [f"A {'^-alpha '.join(term)}^-alpha" for term in a.x])
-    return {"name": "table", "x": factors, "terms": a.x, "form": form, **first,
-            **rows_of(table, factors, a.y), **lists(first["fits"][0]),
-            "ci95": first["ci95"] and lists(first["ci95"]),
-            "holdout": a.holdout and {"column": a.holdout, **first["held_out"][a.holdout]}}
+
+def unscaled(numbers, units):
+    """The law's numbers, had its factors not been divided by units: A is a term where all are 1."""
+    powers = {x: units[x] ** numbers[f"alpha {x}"] for x in units}
+    terms = {name: name[2:].split("*") for name in numbers if name.startswith("A ")}
+    return numbers | {name: numbers[name] * min(math.prod(powers[x] for x in factors), 1e300)
+                      for name, factors in terms.items()}
 
 def lists(numbers):
     """{"E", "A": one a term, "alpha": one a factor} of named numbers, or of their intervals."""
-    kinds = [[numbers[name] for name in numbers if name.startswith(kind)]
-             for kind in ("E", "A ", "alpha ")]
-    return {"E": (kinds[0] or [0.])[0], "A": kinds[1], "alpha": kinds[2]}
+    return {"E": numbers.get("E", 0.), **{kind: [numbers[name] for name in numbers
+                                                 if name.startswith(kind + " ")]
+                                          for kind in ("A", "alpha")}}
 
-# ---------------------------------------------------------------- laws.json
+# ---------------------------------------------------------------- of either law
+def all_fits(law, table, y, others):
+    """To the table, and to others that are like it."""
+    whole = fit(law, table, y)
+    return [whole, *(fit(law, other, y, whole) for other in others)]
+
+def residuals(law, table, y, numbers):
+    off = np.log(table[y] / law.formula(table, **numbers))
+    small = np.clip(off, -HUBER, HUBER)
+    return {"rms": np.mean(off ** 2) ** .5, "objective": (small * (off - small / 2)).sum()}
+
 def rows_of(table, settings, y):
     return {"y": y, "n": len(table[y]), "rows": {x: table[x] for x in (*settings, y)}}
 
-def analyse(law, table, y, settings, tops, resampled, units={}):
-    """What laws.json says of either law. tops: {column: where it is largest, (n,)}."""
-    whole, held = fit(law, table, y), {}
-    residuals = np.log(table[y] / law.formula(table, **whole))
-    small = np.clip(residuals, -HUBER, HUBER)
-    for x, top in tops.items():
-        rows, rest = take(table, top), take(table, ~top)
-        errors = {who: errors_of(predicted, rows[y]) for who, predicted
-                  in forecasts(rest, rows, y, settings, x).items()}
-        predicted = law.formula(rows, **fit(law, rest, y))
-        held[x] = {**errors_of(predicted, rows[y]), "forecasters": errors}
-    fits = [whole, *(fit(law, rows, y, whole) for rows in resampled)]
-    for numbers in fits:                               # an A is its term where all factors are 1
-        for name in filter(lambda name: name.startswith("A "), numbers):
-            powers = [units[x] ** numbers[f"alpha {x}"] for x in name[2:].split("*")]
-            numbers[name] *= min(math.prod(powers), 1e300)
-    logs = np.array([low > 0 for low, *_ in law.ranges.values()])
-    values = np.array([[*numbers.values()] for numbers in fits])
-    ends = ends_of(np.where(logs, np.log(np.maximum(values, 1e-300)), values), units)
-    if ends is not None:
-        ends = np.maximum(np.where(logs, np.exp(np.minimum(ends, 690)), ends), 0).T.tolist()
-    return {"fits": fits[:201], "ci95": ends and dict(zip(whole, ends)), "held_out": held,
-            "rms": np.mean(residuals ** 2) ** .5,
-            "objective": (small * (residuals - small / 2)).sum()}
-
-def ends_of(values, rows):
-    """95 % of values (k, ...), the first from the whole table: percentiles if rows were resampled,
-    else by the seeds left out; None if there are too few."""
-    if rows:
-        return np.percentile(values[1:], [2.5, 97.5], axis=0) if len(values) > 1 else None
-    return interval(values[0], values[1:])
+def held_out_errors(law, table, y, settings, x, top):
+    """Errors in the rows `top`, where x is largest, of the law and of the forecasters."""
+    rows, rest = take(table, top), take(table, ~top)
+    errors = {who: errors_of(predicted, rows[y])
+              for who, predicted in forecasts(rest, rows, y, settings, x).items()}
+    predicted = law.formula(rows, **fit(law, rest, y))
+    return {**errors_of(predicted, rows[y]), "forecasters": errors}
 
 def errors_of(predicted, measured):
     error = abs(predicted / measured - 1)
@@ -421,12 +422,14 @@ def read_law(path):
 def expected(first, formula, table):
     """The loss of each row (n,) and the band of 95 % of single runs (2, n): the law's interval, and
     the runs' scatter about it, of which those of one draw of people share some."""
-    logs = np.log([formula(table, **numbers) for numbers in first["fits"]])
-    ends = ends_of(logs, first["name"] == "table")
-    law = np.zeros((2, 1)) if ends is None else ends - logs[0]
+    whole, *others = logs = np.log([formula(table, **numbers) for numbers in first["fits"]])
+    ends = interval(whole, others)
+    if first["name"] == "table" and others:
+        ends = np.percentile(others, (2.5, 97.5), axis=0)
+    law = np.zeros((2, 1)) if ends is None else ends - whole
     free = first["n"] - len(first["fits"][0])
     scatter = 1.96 * first["rms"] * math.sqrt(first["n"] / free)
-    return np.exp(logs[0]), np.exp(logs[0] + np.hypot(law, scatter) * [[-1], [1]])
+    return np.exp(whole), np.exp(whole + np.hypot(law, scatter) * [[-1], [1]])
 
 def predict(path, cells, out):
     """Predict each row of a CSV; where y is measured in all of them, report the errors."""
@@ -435,54 +438,48 @@ def predict(path, cells, out):
     table = read_csv(cells, ["hours_per_user" if x == "time" else x for x in settings])
     table["time"] = table.get("hours_per_user", table[settings[0]])
     losses, band = expected(first, formula, table)
-    predicted = {"law": losses, **forecasts(rows, table, y, settings, settings[0])}
-    result = {"law": path.name, "provenance": provenance(), "cells": []}
-    for i, name in enumerate(table.get("name", losses)):
-        values = {who: each[i] if np.isfinite(each[i]) else None
-                  for who, each in predicted.items()}
-        result["cells"].append({"name": str(name), "loss": values.pop("law"),
-                                "single_run": band[:, i], "forecasters": values})
+    others = forecasts(rows, table, y, settings, settings[0])
+    known = {who: np.where(np.isfinite(each), each, None) for who, each in others.items()}
+    prediction = [{"name": str(name), "loss": losses[i], "single_run": band[:, i],
+                   "forecasters": {who: each[i] for who, each in known.items()}}
+                  for i, name in enumerate(table.get("name", losses))]
+    result = {"law": path.name, "provenance": provenance(), "cells": prediction}
     measured = table.get(y, np.array(""))
     if measured.dtype.kind == "U":
         return write_json(out / "prediction.json", result)
     require((measured > 0).all(), f"{cells}: '{y}' must be above 0 in all rows or missing")
-    errors = {who: errors_of(each, measured) for who, each in predicted.items()}
+    law, errors = errors_of(losses, measured), {who: errors_of(each, measured)
+                                                for who, each in others.items()}
     inside = np.mean((band[0] <= measured) & (measured <= band[1]))
-    for who, error in errors.items():
+    for who, error in {"law": law, **errors}.items():
         print(f"{who:22}", *(f"{key} {value:.4g}" for key, value in (error or {}).items()))
     print(f"{inside:.0%} of {len(measured)} runs inside the band")
-    write_json(out / "outcome.json", {**result, **errors.pop("law"), "forecasters": errors,
-                                      "inside": inside, "measured": measured})
+    write_json(out / "outcome.json", {**result, **law, "forecasters": errors, "inside": inside,
+                                      "measured": measured})
 
 # ---------------------------------------------------------------- advice
-def budget(hours, setup, h):
-    """users (H + setup) = hours: effective hours are most at H = sqrt(h setup), for whole users."""
-    users = max(1, math.floor(hours / (math.sqrt(h * setup) + setup)))
-    plans = [(n, hours / n - setup) for n in (users, users + 1)]
-    return max(plans, key=lambda plan: plan[0] / (1 + h / max(plan[1], 1e-9)))
-
 def recommend(path, a):
     """The best plan for a budget; for a plan the model, the loss, whom to record next."""
     first, formula, rows, verdicts = read_law(path)
-    plan = a.users, a.hours_per_user
-    require(first["name"] == "grid" and all(plan) or a.hours and (a.setup or math.inf) < a.hours,
+    users, each = a.users, a.hours_per_user
+    require(first["name"] == "grid" and users and each or a.hours and (a.setup or 1e9) < a.hours,
             "--recommend takes a grid's laws.json, and --users and --hours-per-user, or --hours "
             "and a smaller --setup")
-    if a.hours:
-        values = first["parameters"].get("h", 1e3), *(first["ci95"] or {}).get("h", [])
-        plan, *ends = (budget(a.hours, a.setup, h) for h in values)
+    if a.hours:                                        # users (H + setup) = hours
+        each = math.sqrt(first["parameters"].get("h", 1e3) * a.setup)          # N is largest
+        users = max(1, math.floor(a.hours / (each + a.setup)))
+        each = a.hours / users - a.setup
         decided = verdicts["hours_saturate"]["decision"] == "holds"
-        best, *ends = (f"{n} people, {duration(each)} of each" for n, each in (plan, *ends))
-        print(f"{best} (95 %: from {', to '.join(ends)})." if decided else "Not decided by this "
-              f"grid: it needs longer recordings, or more seeds. A guess: {best}.")
+        print(f"{users} people, {duration(each)} of each" + ("." if decided else ": a guess. Not "
+              "decided by this grid: it needs longer recordings, or more seeds."))
     names, sizes = zip(*sorted(first["models"].items(), key=lambda model: model[1]))
-    cells = {"users": plan[0], "hours_per_user": plan[1], "params_encoder": np.array(sizes)}
-    losses, band = expected(first, formula, cells)
+    plan = {"users": users, "hours_per_user": each, "params_encoder": np.array(sizes)}
+    losses, band = expected(first, formula, plan)
     best = np.argmax(losses < 1.01 * losses.min())
     print(f"Model {names[best]}: no larger one of the grid gains more than 1 %. Expected loss "
           f"{losses[best]:.4f}, 95 % of runs {band[0, best]:.4f} to {band[1, best]:.4f}.")
     print(verdicts["users_minus_hours_exponent"]["text"])
-    for x, value in zip(("users", "time"), plan):
+    for x, value in ("users", users), ("time", each):
         low, high = min(rows[x]), max(rows[x])
         if not .99 * low <= value <= 1.01 * high:
             print(f"note: {x} {value:.3g} is extrapolated, the grid has {low:.3g} to {high:.3g}")
@@ -495,48 +492,60 @@ def duration(hours):
     return f"{hours * 60:.0f} min" if hours > .16 or whole else f"{hours * 3600:.0f} s"
 
 # ---------------------------------------------------------------- verdicts
-def verdict(question, answers, value, ci95, margin=None, **more):
-    """A claim holds if its margin, by default the interval, is above 0; it fails if it is below.
-    answers: when it holds, when it fails, and when neither."""
+def verdict(question, yes, no, value, ci95, margin=None, needs="more seeds or users", **more):
+    """A claim holds if its margin, by default the interval, is above 0; it fails if it is below."""
     low, high = margin or ci95 or (0, 0)
-    which = 0 if low > 0 else 1 if high < 0 else 2
-    open_ = "Not decided by this grid: it needs more seeds or users."
-    if ci95 is None:
-        open_ = "Not decided: an interval takes three seeds with runs to compare."
-    return {"value": value, "ci95": ci95, "text": f"{question} {(*answers, open_)[which]}",
-            "decision": ("holds", "doesn't hold", "can't tell here")[which], **more}
+    needs = needs if margin or ci95 else "three seeds, with runs to compare"
+    decision, answer = "can't tell here", f"Not decided by this grid: it needs {needs}."
+    if low > 0:
+        decision, answer = "holds", yes
+    if high < 0:
+        decision, answer = "doesn't hold", no
+    return {"value": value, "ci95": ci95, "decision": decision, "text": f"{question} {answer}",
+            **more}
 
-def over_seeds(question, answers, values, **more):
+def over_seeds(question, yes, no, values, **more):
     value = values.mean() if len(values) else None
-    return verdict(question, answers, value, interval(value, without_each(values)), **more)
+    return verdict(question, yes, no, value, interval(value, without_each(values)), **more)
+
+def main_model(table):
+    """The runs of the model that has most of them."""
+    sizes, counts = np.unique(table["params_encoder"], return_counts=True)
+    return take(table, table["params_encoder"] == sizes[counts.argmax()])
 
 def users_or_hours(table):
     """At equal hours in all: each seed, each held-out person, neighbours on a line."""
-    values, people = users_save(table, table["loss"]), table.get("people", np.zeros((0, 0))).T
-    if not len(values):
-        people = people[:0]
+    values, won = users_save(table, table["loss"]), []
+    people = table["people"].T if "people" in table and len(values) else np.zeros((0, 1))
     each = [users_save(table, losses).mean() for losses in people]
     rest = [users_save(table, losses).mean() for losses in without_each(people)]
-    pairs = []
-    for line in {*table["line"]}:
-        users = np.unique(table["users"][table["line"] == line])
+    runs = main_model(table)
+    for line in {*runs["line"]}:
+        users = np.unique(runs["users"][runs["line"] == line])
         for few, many in zip(users, users[1:]):
-            both = take(table, (table["line"] == line) & np.isin(table["users"], (few, many)))
+            both = take(runs, (runs["line"] == line) & np.isin(runs["users"], (few, many)))
             gains = users_save(both, both["loss"])
-            pairs += [(many / few, gains.mean())] if len(gains) else []
-    times = min(pairs, default=(2, 0))[0]              # twice the people, in most grids
-    won = [bool(gain > 0) for step, gain in pairs if step < 1.05 * times]
+            won += [bool(gains.mean() > 0)] if len(gains) else []
     positive = sum(bool(gain > 0) for gain in each)
-    twice = "twice" if abs(times - 2) < .1 else f"{times:.2g} times"
-    text = (f"At equal hours in all, {twice} the people, recorded for less time each, had the "
-            f"lower loss in {sum(won)} of {len(won)} pairs of settings, and for {positive} of "
-            f"{len(each)} held-out people.")
+    text = (f"At equal hours in all, more people, recorded for less time each, had the lower loss "
+            f"in {sum(won)} of {len(won)} pairs of settings, and for {positive} of {len(each)} "
+            "held-out people.")
     return over_seeds(
         "More people, or longer recordings of each?",
-        (f"More people. {text}", f"Longer recordings. {text}"), values,
+        f"More people. {text}", f"Longer recordings. {text}", values,
         ci95_people=interval(values.mean(), without_each(values), rest) if each else None,
-        people={"positive": positive, "of": len(each)},
-        pairs={"won": sum(won), "of": len(won), "times": times})
+        people={"positive": positive, "of": len(each)}, pairs={"won": sum(won), "of": len(won)})
+
+def power_law(held):
+    """Is the law better than both straight lines where users are held out? In errors."""
+    margin = [0, 0]
+    if held and held["n"] > 5:                         # fewer decide nothing
+        lines = [error["rms_relative_error"] for who, error in held["forecasters"].items()
+                 if who.startswith("line")]
+        margin = [error - held["rms_relative_error"] for error in sorted(lines)]
+    return verdict("Does the law predict the largest number of users?",
+                   "Yes, better than straight lines do.", "No, straight lines do it better.",
+                   margin[0], None, margin, "four numbers of users, and to beat both lines")
 
 def verdicts_of(table, first):
     """{claim: its verdict}, the central ones first."""
@@ -545,53 +554,39 @@ def verdicts_of(table, first):
     people = saved(loss, users, seeds, numbered(time, size))
     times = saved(loss, time, seeds, numbered(users, size))
     more = saved(loss, np.log10(size) * np.log2(table["hours"]), seeds, numbered(users, time), size)
-    less = [f"{1 - 2 ** -values.mean():.0%}" if len(values) else "" for values in (people, times)]
     h, ends = ((first[key] or {}).get("h") for key in ("parameters", "ci95"))
-    held, margin = first["held_out"].get("users"), None
-    if held and held["n"] > 5 and len({*seeds}) > 2:       # fewer decide nothing
-        _, *straight = (error["rms_relative_error"] if error else math.nan
-                        for error in held["forecasters"].values())
-        margin = [error - held["rms_relative_error"] for error in sorted(straight)]
+    less = [f"{1 - 2 ** -values.mean():.0%}" if len(values) else "" for values in (people, times)]
     verdicts = {
-        "more_people": over_seeds("Do more people help?", (
-            f"Yes: twice the people have {less[0]} less loss.", "No."), people),
-        "longer_recordings": over_seeds("Do longer recordings help?", (
-            f"Yes: twice as long, the same people have {less[1]} less loss.", "No."), times),
+        "more_people": over_seeds("Do more people help?", f"Yes: twice the people have {less[0]} "
+                                  "less loss.", "No.", people),
+        "longer_recordings": over_seeds("Do longer recordings help?", "Yes: twice as long, the "
+                                        f"same people have {less[1]} less loss.", "No.", times),
         "users_minus_hours_exponent": users_or_hours(table),
-        "hours_saturate": verdict("Do the hours of one person run out?", (
-            f"Yes: they count half after {60 * (h or 0):.2g} minutes.",
-            f"Not within {duration(longest)}."),
-            h, ends, ends and [3 * longest - ends[1], 3 * longest - ends[0]]),
-        "power_law": verdict("Does the law predict the largest number of users?", (
-            "Yes, better than straight lines do.", "No, straight lines do it better.",
-            "Not decided: it takes four numbers of users, and to be better than both lines."),
-            margin and margin[0], None, margin),
-        "capacity_interaction": over_seeds("Do larger models gain more from more data?", (
-            "Yes.", "No, they gain less."), more)}
+        "hours_saturate": verdict("Do the hours of one person run out?",
+                                  f"Yes: they count half after {60 * (h or 0):.2g} minutes.",
+                                  f"Not within {duration(longest)}.", h, ends,
+                                  ends and [3 * longest - ends[1], 3 * longest - ends[0]]),
+        "power_law": power_law(first["held_out"].get("users")),
+        "capacity_interaction": over_seeds("Do larger models gain more from more data?", "Yes.",
+                                           "No, they gain less.", more)}
     for score in table:
-        if score.endswith("_macro_f1"):
-            name, rows = score.removesuffix("_macro_f1"), np.isfinite(table[score])
+        if score.endswith(SCORE):
+            name, rows = score.removesuffix(SCORE), np.isfinite(table[score])
             verdicts[f"downstream_{name}"] = over_seeds(
-                f"Does the score on {name} rise as the loss falls?", ("Yes.", "No, it falls."),
+                f"Does the score on {name} rise as the loss falls?", "Yes.", "No, it falls.",
                 saved(table[score][rows], loss[rows], seeds[rows], rows[rows]))
     return verdicts
-
-def main_model(table):
-    """The runs of the model that has most of them."""
-    sizes, counts = np.unique(table["params_encoder"], return_counts=True)
-    return take(table, table["params_encoder"] == sizes[counts.argmax()])
 
 def show(first):
     """The law and its numbers."""
     print(f"{first['y']} = {first['form']}   ({first['n']} rows)")
-    numbers = first.get("parameters") or {name: first[name] for name in ("E", "A", "alpha")
-                                          if name in first}
-    for name, value in numbers.items():
-        ends = (first["ci95"] or {}).get(name, "no interval")
-        print(f"  {name:6}{np.array2string(np.array(value), precision=4)}  "
-              f"{ends if ends == 'no interval' else np.array2string(np.array(ends), precision=4)}")
+    numbers, ends = first.get("parameters", first) or {}, first["ci95"] or {}
+    for name in [name for name in ("E", "A", "alpha", *GRID) if name in numbers]:
+        value, interval = (np.array2string(np.array(each), precision=4)
+                           for each in (numbers[name], ends.get(name, "no interval")))
+        print(f"  {name:6}{value}  {interval}")
 
-def screen(table, first, verdicts, out):
+def screen(table, first, verdicts, drawn, out):
     """What a sweep ends with."""
     runs = main_model(table)
     times = np.unique(runs["time"])
@@ -601,11 +596,11 @@ def screen(table, first, verdicts, out):
         cells = [runs["loss"][(runs["users"] == users) & (runs["time"] == time)] for time in times]
         print(f"{users:8.0f}", *(f"{cell.mean():8.4f}" if len(cell) else f"{'-':>8}"
                                  for cell in cells))
-    one_size = len({*table["params_encoder"]}) == 1
     said = [verdict["text"] for claim, verdict in verdicts.items()
-            if not (one_size and claim == "capacity_interaction")]
+            if claim != "capacity_interaction" or len(first["models"]) > 1]
     print("", *(f"- {text}" for text in said), "", sep="\n")
-    print(f"Open {out / 'loss_vs_users.png'}; numbers and intervals are in {out / 'laws.json'}.")
+    for name in [*drawn][:1]:
+        print(f"Open {out / name}.png; numbers and intervals are in {out / 'laws.json'}.")
     advice = f"python fit_laws.py {out / 'laws.json'} --recommend --hours 20 --setup 0.5"
     print(f"Next: {advice if first['fits'] else 'the same grid with more USERS and HOURS'}")
 
@@ -622,76 +617,74 @@ def panels(titles, xlabel, ylabel):
         ax.spines[["top", "right"]].set_visible(False)
     return found
 
+def explain(ax):
+    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
+
 def curves(title, xlabel, x, table, labels, fits):
     """Means over seeds with their error against x, a colour and a curve of the law for each label;
     open where --steps ended a run."""
-    from matplotlib import colormaps
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib import colormaps, ticker
     ax, = panels([title], xlabel, LOSS)
     ax.set(xscale="log", yscale="log")
     kinds = [labels[i] for i in np.argsort(table["hours"], kind="stable")]
     kinds = [kind for kind in dict.fromkeys(kinds) if len({*table[x][labels == kind]}) > 1]
-    ends = []
     for i, kind in enumerate(kinds):
         colour, line = colormaps["viridis"](.9 * i / len(kinds)), take(table, labels == kind)
         places, first = np.unique(line[x], return_index=True)
         cells = [take(line, line[x] == place) for place in places]
         means = [cell["loss"].mean() for cell in cells]
         for place, cell, mean in zip(places, cells, means):
-            fill = colour if cell["converged"].all() else "white"
+            ended = np.isin(cell.get("converged", "True"), ["True", "TRUE", "1"]).all()
             error = cell["loss"].std() / max(len(cell["loss"]) - 1, 1) ** .5
-            ax.errorbar(place, mean, error, fmt="o", color=colour, markerfacecolor=fill)
+            ax.errorbar(place, mean, error, fmt="o", color=colour,
+                        markerfacecolor=colour if ended else "white")
         law = grid_law(take(line, first), **fits[0]) if fits else means
-        ax.plot(places, law, color=colour)
-        ends.append((law[-1], places[-1], kind, colour))
-    height, (low, high) = 0, ax.get_ylim()
-    for loss, place, kind, colour in sorted(ends):     # labels don't collide
-        height = max(loss, height * (high / low) ** .045)
-        ax.text(place * 1.05, height, kind, color=colour, va="center")
+        ax.plot(places, law, color=colour, label=kind)
     ax.set_xticks(np.unique(table[x]))
-    ax.yaxis.set_major_locator(MaxNLocator(7))
+    ax.yaxis.set_major_locator(ticker.MaxNLocator(7))
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter("{x:,.6g}")
         axis.set_ticks([], minor=True)
-    return ax
+    return explain(ax)
+
+def bars(held, noise):
+    """Errors of the law and of the forecasters, for each setting that was held out."""
+    ax, = panels(["Predicted from all others"], "", "error of the loss (rms)")
+    for i, who in enumerate(["law", *next(iter(held.values()))["forecasters"]]):
+        errors = [one if who == "law" else one["forecasters"][who] for one in held.values()]
+        heights = [error["rms_relative_error"] if error else 0 for error in errors]
+        ax.bar(np.arange(len(held)) + i / 5, heights, .18, label=who)
+    ax.axhline(noise or 0, color="black", ls=":", label="a run, from its other seeds")
+    names = {"users": "most people", "hours_per_user": "longest recordings"}
+    ax.set_xticks(np.arange(len(held)) + .3, [names.get(x, "largest model") for x in held])
+    ax.yaxis.set_major_formatter(lambda error, _: f"{error:.0%}")
+    return explain(ax)
 
 def figures(table, first):
     """Yields (name, axes)."""
     runs = main_model(table)
+    each, in_all = ([duration(time) for time in runs[x]] for x in ("time", "hours"))
     data = [f"{users:.0f} people, {duration(time)}"
             for users, time in zip(table["users"], table["time"])]
-    for name, title, xlabel, x, rows, labels in (
-            ("loss_vs_users", "More people", "people", "users", runs,
-             [f"{duration(time)} of each" for time in runs["time"]]),
-            ("equal_hours", "More people, the same hours in all", "people", "users", runs,
-             [f"{duration(hours)} in all" for hours in runs["hours"]]),
-            ("loss_vs_params", "Larger models", "parameters of the encoder", "params_encoder",
+    for name, title, x, xlabel, rows, labels in (
+            ("loss_vs_users", "A line: recorded of each", "users", "people", runs, each),
+            ("equal_hours", "A line: hours in all", "users", "people", runs, in_all),
+            ("loss_vs_params", "A line: the data", "params_encoder", "parameters of the encoder",
              table, data)):
-        if len({*rows[x]}) > 1:
+        if len({*zip(labels, rows[x])}) > len({*labels}):      # else no line has two points
             yield name, curves(title, xlabel, x, rows, np.array(labels), first["fits"])
-    held = first["held_out"]
-    if held:
-        ax, = panels(["Predicted from all others"], "", "error of the loss (rms)")
-        for i, who in enumerate(["law", *next(iter(held.values()))["forecasters"]]):
-            errors = [one if who == "law" else one["forecasters"][who] for one in held.values()]
-            heights = [error["rms_relative_error"] if error else 0 for error in errors]
-            ax.bar(np.arange(len(held)) + i / 5, heights, .18, label=who)
-        ax.axhline(first["noise"] or 0, color="black", ls=":", label="a run, from its other seeds")
-        names = {"users": "most people", "hours_per_user": "longest recordings"}
-        ax.set_xticks(np.arange(len(held)) + .3, [names.get(x, "largest model") for x in held])
-        ax.yaxis.set_major_formatter(lambda error, _: f"{error:.0%}")
-        ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-        yield "predicted", ax
-    scores = [score for score in table if score.endswith("_macro_f1")]
+    if first["held_out"]:
+        yield "predicted", bars(first["held_out"], first["noise"])
+    scores = [score for score in table if score.endswith(SCORE)]
     if scores:
-        names = [score.removesuffix("_macro_f1") for score in scores]
-        axes = panels(names, LOSS, "macro-F1 of a linear probe")
+        axes = panels([score.removesuffix(SCORE) for score in scores], LOSS,
+                      "macro-F1 of a linear probe")
         for ax, score in zip(axes, scores):
             for name, size in first["models"].items():
                 rows = take(table, table["params_encoder"] == size)
                 ax.scatter(rows["loss"], rows[score], 15, label=name)
-        ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-        yield "downstream", axes[0]
+        yield "downstream", explain(axes[-1])
 
 # ---------------------------------------------------------------- the command line
 FLAGS = {                # name: (default, range or choices, what it does)
@@ -725,18 +718,19 @@ def main():
     require(len({*factors, a.y}) == len(factors) + 1 < 6 and "" not in factors,
             "--x takes one to four columns, each in one term only, and not --y")
     if a.x:
-        first, verdicts, drawn = table_study(a.target, a), {}, ()
+        first, verdicts, drawn = table_study(a.target, a), {}, {}
     else:
-        table, first = grid_study(collect(a.target, a.out) if a.target.is_dir() else a.target)
-        verdicts, drawn = verdicts_of(table, first), figures(table, first)
+        table = read_grid(collect(a.target, a.out) if a.target.is_dir() else a.target)
+        first = grid_study(table)
+        verdicts, drawn = verdicts_of(table, first), dict(figures(table, first))
     write_json(a.out / "laws.json", {"laws": [first], "verdicts": verdicts,
                                      "provenance": provenance()})
-    for name, ax in drawn:
+    for name, ax in drawn.items():
         with replacing(a.out / f"{name}.png") as path:
             ax.figure.savefig(path, dpi=150)
     show(first)
     if verdicts:
-        screen(table, first, verdicts, a.out)
+        screen(table, first, verdicts, drawn, a.out)
 
 if __name__ == "__main__":
     command(main)
