@@ -10,7 +10,7 @@ From finished runs to a scaling law: its fit, what it predicts, and which claims
 
 A table is {column: array (n,)}, a row a run. To change a law, change its function and its ranges.
 """
-import csv, math
+import csv, functools, math
 from collections import Counter, namedtuple
 from pathlib import Path
 
@@ -48,23 +48,24 @@ GRID = {
     "B": (1e-6, 1e6, .1, 100),
     "c": (0, 2, .1, 1)}
 
-def table_law(table, E=0., **numbers):
+def table_law(table, units, E=0., **numbers):
     """E + the sum over terms of A times each factor's x^-alpha (Hoffmann et al. 2022, 2203.15556).
-    numbers: {"A users*hours": A of a term, ..., "alpha users": alpha of a factor, ...}"""
+    numbers: {"A users*hours": A of a term, ..., "alpha users": alpha of a factor, ...}; units:
+    {factor: what it is divided by}, as A, where all factors are 1, is far from the data."""
     loss = E
     for name in numbers:
         if name.startswith("A "):
             factors = name[2:].split("*")
-            powers = [table[x] ** -numbers[f"alpha {x}"] for x in factors]
+            powers = [(table[x] / units[x]) ** -numbers[f"alpha {x}"] for x in factors]
             loss = loss + numbers[name] * math.prod(powers)
     return loss
 
 def table_ranges(table, y, terms, floor):
-    """As GRID, for factors that were divided by their geometric means."""
-    unit = table[y].mean()
-    ranges = {"E": (0, 5 * unit, 0, .9 * unit)} if floor else {}
+    """As GRID, for factors that are divided by their geometric means."""
+    mean = table[y].mean()
+    ranges = {"E": (0, 5 * mean, 0, .9 * mean)} if floor else {}
     for term in terms:
-        ranges["A " + "*".join(term)] = 1e-12 * unit, 100 * unit, .03 * unit, unit
+        ranges["A " + "*".join(term)] = 1e-12 * mean, 100 * mean, .03 * mean, mean
         for x in term:
             half = np.ptp(np.log(table[x])) / 2        # alpha 1 / half: e^2 over the range of x
             ranges[f"alpha {x}"] = 0, 20 / half, .05 / half, 1 / half
@@ -281,34 +282,34 @@ def grid_ranges(table):
     return {name: GRID[name] for name in names if enough}
 
 def grid_study(table):
-    """laws[0] of a grid: the fit to all its runs, without each seed in turn, and to all runs but
-    those where one setting is largest."""
-    ranges = grid_ranges(table)
-    law, held_out = Law(grid_law, ranges, 1e9), {}
+    """laws[0] of a grid: with the fits without each seed, and without the runs where one setting
+    is largest."""
+    law = Law(grid_law, grid_ranges(table), 1e9)
     models = map("{:.0f}x{:.0f}x{:.0f}".format, table["width"], table["depth"], table["heads"])
     first = {"name": "grid", "parameters": None, "ci95": None, "noise": noise(table), "fits": [],
              "form": "E + 1 / (1/s + 1/R), s = A N^-a + B P^-c, N = U h H / (H + h)",
-             "models": dict(zip(models, table["params_encoder"])), "held_out": held_out,
-             **rows_of(table, SETTINGS, "loss")}
-    if not ranges:
+             "models": dict(zip(models, table["params_encoder"])), "held_out": {},
+             "y": "loss", "n": len(table["loss"])}
+    if not law.ranges:
         print("note: no law: it takes three numbers of users, and six settings of users and time")
         return first
-    for x in SETTINGS:
-        top = table[x] == table[x].max()
-        if grid_ranges(take(table, ~top)).keys() == ranges.keys():
-            name = "hours_per_user" if x == "time" else x
-            held_out[name] = held_out_errors(law, table, "loss", SETTINGS, x, top)
-    fits = all_fits(law, table, "loss", without_each_seed(table))
-    if len(fits) > 3:
-        first["ci95"] = {name: grid_interval([one[name] for one in fits], low > 0)
-                         for name, (low, *_) in ranges.items()}
-    return first | {"parameters": fits[0], "fits": fits, **residuals(law, table, "loss", fits[0])}
+    tops = {x: table[x] == table[x].max() for x in SETTINGS}
+    tops = {x: top for x, top in tops.items()
+            if grid_ranges(take(table, ~top)).keys() == law.ranges.keys()}
+    first |= study(law, table, "loss", SETTINGS, tops, without_each_seed(table))
+    first["held_out"] = {"hours_per_user" if x == "time" else x: errors
+                         for x, errors in first["held_out"].items()}
+    whole, *others = first["fits"]
+    if len(others) > 2:
+        first["ci95"] = {name: grid_interval(whole[name], [one[name] for one in others], low > 0)
+                         for name, (low, *_) in law.ranges.items()}
+    return first | {"parameters": whole}
 
-def grid_interval(values, logs):
+def grid_interval(value, others, logs):
     """95 % of a number, from the fits to all seeds and without each; logs: of its logarithm."""
-    whole, *rest = np.log(values) if logs else values
-    ends = np.array(interval(whole, rest))
-    return (np.exp(ends) if logs else np.maximum(ends, 0)).tolist()
+    if logs:
+        return np.exp(interval(np.log(value), np.log(others))).tolist()
+    return np.maximum(interval(value, others), 0).tolist()
 
 def noise(table):
     """A run against the mean of the other seeds of its setting: rms of the relative difference."""
@@ -322,32 +323,30 @@ HUBER = 1e-3
 
 def table_study(path, a):
     """laws[0] of a table, whose rows, or whole groups, are resampled for intervals."""
-    factors = sum(a.x, ())
+    factors, tops = sum(a.x, ()), {}
     table = read_csv(path, [*factors, a.y, a.holdout or a.y])
     check_table(path, table, a, factors)
     units = {x: math.exp(np.log(table[x]).mean()) for x in factors}
-    scaled = table | {x: table[x] / units[x] for x in factors}
-    law = Law(table_law, table_ranges(scaled, a.y, a.x, not a.no_floor), HUBER)
+    formula = functools.partial(table_law, units=units)
+    law = Law(formula, table_ranges(table, a.y, a.x, not a.no_floor), HUBER)
     groups = numbered(table[a.group]) if a.group else np.arange(len(table[a.y]))
     rows = [np.flatnonzero(groups == group) for group in range(max(groups) + 1)]
     draws = np.random.default_rng(0).integers(len(rows), size=(a.bootstrap, len(rows)))
-    resampled = [take(scaled, np.hstack([rows[i] for i in drawn])) for drawn in draws]
-    fits = all_fits(law, scaled, a.y, resampled)
-    summary, held_out = residuals(law, scaled, a.y, fits[0]), None
+    resampled = [take(table, np.hstack([rows[i] for i in drawn])) for drawn in draws]
     if a.holdout:
         held = table[a.holdout]
-        top = held >= min(held.max() / 1.1, np.quantile(held, .9))
+        top = tops[a.holdout] = held >= min(held.max() / 1.1, np.quantile(held, .9))
         require(sum(~top) > len(law.ranges), f"{path} has too few rows without the largest "
                 f"{a.holdout}: add some")
-        errors = held_out_errors(law, scaled, a.y, factors, a.holdout, top)
-        held_out = {"column": a.holdout, **errors}
-    fits = [unscaled(numbers, units) for numbers in fits]
-    ends = {name: np.percentile([one[name] for one in fits[1:]], (2.5, 97.5))
-            for name in fits[0] if a.bootstrap}
+    first = study(law, table, a.y, factors, tops, resampled)
+    numbers, *others = [in_lists(fit, a.x, units) for fit in first["fits"]]
+    ci95 = {key: np.percentile([one[key] for one in others], (2.5, 97.5), axis=0).T
+            for key in numbers if others}
     form = " + ".join(["E"] + [f"A {'^-alpha '.join(term)}^-alpha" for term in a.x])
-    return {"name": "table", "x": factors, "terms": a.x, "form": form, **lists(fits[0]), **summary,
-            "ci95": lists(ends) if ends else None, "holdout": held_out, "fits": fits[:201],
-            **rows_of(table, factors, a.y)}
+    held_out = [{"column": x, **errors} for x, errors in first.pop("held_out").items()]
+    return first | {"name": "table", "x": factors, "terms": a.x, "form": form, **numbers,
+                    "ci95": ci95 or None, "holdout": held_out[0] if held_out else None,
+                    "units": units, "fits": first["fits"][:201]}
 
 def check_table(path, table, a, factors):
     """UserError if the table is too small for a law; notes on rows that belong together."""
@@ -364,40 +363,31 @@ def check_table(path, table, a, factors):
     if twice:
         print(f"note: {twice} of {n} rows are there twice: leave them out if they are one run")
 
-def unscaled(numbers, units):
-    """The law's numbers, had its factors not been divided by units: A is a term where all are 1."""
-    powers = {x: units[x] ** numbers[f"alpha {x}"] for x in units}
-    terms = {name: name[2:].split("*") for name in numbers if name.startswith("A ")}
-    return numbers | {name: numbers[name] * min(math.prod(powers[x] for x in factors), 1e300)
-                      for name, factors in terms.items()}
-
-def lists(numbers):
-    """{"E", "A": one a term, "alpha": one a factor} of named numbers, or of their intervals."""
-    return {"E": numbers.get("E", 0.), **{kind: [numbers[name] for name in numbers
-                                                 if name.startswith(kind + " ")]
-                                          for kind in ("A", "alpha")}}
+def in_lists(numbers, terms, units):
+    """{"E", "A": one a term, "alpha": one a factor}, where no factor is divided by its unit."""
+    alpha = {x: numbers[f"alpha {x}"] for x in units}
+    powers = [math.prod(units[x] ** alpha[x] for x in term) for term in terms]
+    levels = [numbers["A " + "*".join(term)] for term in terms]
+    return {"E": numbers.get("E", 0.), "alpha": [*alpha.values()],
+            "A": [level * min(power, 1e300) for level, power in zip(levels, powers)]}
 
 # ---------------------------------------------------------------- of either law
-def all_fits(law, table, y, others):
-    """To the table, and to others that are like it."""
-    whole = fit(law, table, y)
-    return [whole, *(fit(law, other, y, whole) for other in others)]
-
-def residuals(law, table, y, numbers):
-    off = np.log(table[y] / law.formula(table, **numbers))
-    small = np.clip(off, -HUBER, HUBER)
-    return {"rms": np.mean(off ** 2) ** .5, "objective": (small * (off - small / 2)).sum()}
-
-def rows_of(table, settings, y):
-    return {"y": y, "n": len(table[y]), "rows": {x: table[x] for x in (*settings, y)}}
-
-def held_out_errors(law, table, y, settings, x, top):
-    """Errors in the rows `top`, where x is largest, of the law and of the forecasters."""
-    rows, rest = take(table, top), take(table, ~top)
-    errors = {who: errors_of(predicted, rows[y])
-              for who, predicted in forecasts(rest, rows, y, settings, x).items()}
-    predicted = law.formula(rows, **fit(law, rest, y))
-    return {**errors_of(predicted, rows[y]), "forecasters": errors}
+def study(law, table, y, settings, tops, others):
+    """What laws.json says of either law: its fits to the table and to others that are like it, and
+    in the rows tops[x], where x is largest, its errors and the forecasters' from all other rows."""
+    whole, held_out = fit(law, table, y), {}
+    for x, top in tops.items():
+        rows, rest = take(table, top), take(table, ~top)
+        errors = {who: errors_of(predicted, rows[y])
+                  for who, predicted in forecasts(rest, rows, y, settings, x).items()}
+        predicted = law.formula(rows, **fit(law, rest, y))
+        held_out[x] = {**errors_of(predicted, rows[y]), "forecasters": errors}
+    residuals = np.log(table[y] / law.formula(table, **whole))
+    small = np.clip(residuals, -HUBER, HUBER)
+    return {"y": y, "n": len(residuals), "rows": {x: table[x] for x in (*settings, y)},
+            "fits": [whole, *(fit(law, other, y, whole) for other in others)],
+            "held_out": held_out, "rms": np.mean(residuals ** 2) ** .5,
+            "objective": (small * (residuals - small / 2)).sum()}
 
 def errors_of(predicted, measured):
     error = abs(predicted / measured - 1)
@@ -411,7 +401,8 @@ def read_law(path):
     try:
         content = read_json(path)
         first = content["laws"][0]
-        formula = {"grid": grid_law, "table": table_law}[first["name"]]
+        formula = {"grid": grid_law,
+                   "table": functools.partial(table_law, units=first.get("units"))}[first["name"]]
         rows = {x: np.array(values, float) for x, values in first["rows"].items()}
         fits, verdicts = first["fits"], content["verdicts"]
     except (LookupError, TypeError, ValueError, AttributeError):
@@ -581,10 +572,10 @@ def show(first):
     """The law and its numbers."""
     print(f"{first['y']} = {first['form']}   ({first['n']} rows)")
     numbers, ends = first.get("parameters", first) or {}, first["ci95"] or {}
-    for name in [name for name in ("E", "A", "alpha", *GRID) if name in numbers]:
-        value, interval = (np.array2string(np.array(each), precision=4)
-                           for each in (numbers[name], ends.get(name, "no interval")))
-        print(f"  {name:6}{value}  {interval}")
+    for name in dict.fromkeys(["E", "A", "alpha", *GRID]):
+        if name in numbers:
+            both = numbers[name], ends.get(name, "no interval")
+            print(f"  {name:6}", *(np.array2string(np.array(each), precision=4) for each in both))
 
 def screen(table, first, verdicts, drawn, out):
     """What a sweep ends with."""
@@ -617,11 +608,11 @@ def panels(titles, xlabel, ylabel):
         ax.spines[["top", "right"]].set_visible(False)
     return found
 
-def explain(ax):
-    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+def explain(ax, title=None):
+    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), title=title)
     return ax
 
-def curves(title, xlabel, x, table, labels, fits):
+def curves(title, what, xlabel, x, table, labels, fits):
     """Means over seeds with their error against x, a colour and a curve of the law for each label;
     open where --steps ended a run."""
     from matplotlib import colormaps, ticker
@@ -646,7 +637,7 @@ def curves(title, xlabel, x, table, labels, fits):
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter("{x:,.6g}")
         axis.set_ticks([], minor=True)
-    return explain(ax)
+    return explain(ax, what)
 
 def bars(held, noise):
     """Errors of the law and of the forecasters, for each setting that was held out."""
@@ -667,13 +658,13 @@ def figures(table, first):
     each, in_all = ([duration(time) for time in runs[x]] for x in ("time", "hours"))
     data = [f"{users:.0f} people, {duration(time)}"
             for users, time in zip(table["users"], table["time"])]
-    for name, title, x, xlabel, rows, labels in (
-            ("loss_vs_users", "A line: recorded of each", "users", "people", runs, each),
-            ("equal_hours", "A line: hours in all", "users", "people", runs, in_all),
-            ("loss_vs_params", "A line: the data", "params_encoder", "parameters of the encoder",
-             table, data)):
+    size = "parameters of the encoder"
+    for name, title, what, xlabel, x, rows, labels in (
+            ("loss_vs_users", "More people", "recorded of each", "people", "users", runs, each),
+            ("equal_hours", "Equal hours in all", "in all", "people", "users", runs, in_all),
+            ("loss_vs_params", "Larger models", "data", size, "params_encoder", table, data)):
         if len({*zip(labels, rows[x])}) > len({*labels}):      # else no line has two points
-            yield name, curves(title, xlabel, x, rows, np.array(labels), first["fits"])
+            yield name, curves(title, what, xlabel, x, rows, np.array(labels), first["fits"])
     if first["held_out"]:
         yield "predicted", bars(first["held_out"], first["noise"])
     scores = [score for score in table if score.endswith(SCORE)]
