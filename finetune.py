@@ -17,11 +17,10 @@ is kept. Test users are evaluated once, after everything is chosen.
 
     python finetune.py runs/first --data ucihar --mode tune
     python finetune.py runs/pool/* --data wisdm_watch                 # a probe of each run
-    python finetune.py runs/first --export runs/encoder               # the weights to share
 """
 import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")    # before torch: idle threads sleep
-import copy, functools, hashlib, sys
+import copy, hashlib
 from collections import namedtuple
 from pathlib import Path
 
@@ -197,10 +196,10 @@ def score_fold(encoder, encoded, x, y, classes, groups, train, test, flags):
 
 def summarise(folds):
     """A result: means and deviations over folds; F1 of each class and confusion over all folds."""
-    result = {**scores(sum(torch.tensor(fold["confusion"]) for fold in folds)), "folds": folds,
-              "test_users": sorted({user for fold in folds for user in fold["test_users"]}),
+    together = sum(torch.tensor(fold["confusion"]) for fold in folds)
+    result = {**scores(together), "folds": folds, "l2": [fold["l2"] for fold in folds],
               "n_train": round(np.mean([fold["n_train"] for fold in folds])),
-              "n_test": sum(fold["n_test"] for fold in folds), "l2": [fold["l2"] for fold in folds]}
+              "n_test": sum(fold["n_test"] for fold in folds)}
     for key in ("accuracy", "macro_f1"):
         values = [fold[key] for fold in folds]
         result[key] = float(np.mean(values))
@@ -208,22 +207,22 @@ def summarise(folds):
     return result
 
 def draw_confusion(path, result):
+    """Of the windows of each true class, a row, the percentage of each prediction."""
     from matplotlib.figure import Figure
-    counts, names = np.array(result["confusion"]), result["classes"]
+    counts = np.array(result["confusion"])
     percent = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    fig = Figure((3.4 + 0.42 * len(names), 2.4 + 0.42 * len(names)), layout="constrained")
-    axes = fig.subplots()
+    names = [name.replace("$", r"\$") for name in result["classes"]]    # else: a formula
+    figure = Figure((3.4 + 0.42 * len(names), 2.4 + 0.42 * len(names)), layout="constrained")
+    axes = figure.subplots()
     axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
-    for i, j in zip(*np.nonzero(percent >= 0.5)):
-        axes.text(j, i, f"{percent[i, j]:.0f}", ha="center", va="center", fontsize=8,
-                  color="white" if percent[i, j] > 50 else "black")
-    names = [name.replace("$", r"\$") for name in names]         # else matplotlib reads formulas
+    for row, column in zip(*np.nonzero(percent >= 0.5)):
+        axes.text(column, row, f"{percent[row, column]:.0f}", ha="center", va="center", fontsize=8,
+                  color="white" if percent[row, column] > 50 else "black")
     axes.set_xticks(range(len(names)), names, rotation=90)
     axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel="predicted", ylabel="true (numbers: % of its windows)")
-    axes.set_title(path.stem)
+    axes.set(xlabel="predicted", ylabel="true", title=path.stem)
     with replacing(path) as temporary:
-        fig.savefig(temporary, dpi=150)
+        figure.savefig(temporary, dpi=150)
 
 # ---------------------------------------------------------------- a run, the command
 def load_run(run):
@@ -240,16 +239,6 @@ def load_run(run):
         raise UserError(f"{run} has no weights that fit its config.json and this model.py "
                         f"({error!r:.99})") from None
     return model.eval(), config
-
-def export(run, folder):
-    """Write a run folder with the encoder alone: without decoder blocks, which no probe needs."""
-    model, config = load_run(run)
-    require(not (folder / "checkpoint.pt").exists(),
-            f"{folder} holds a run or an encoder, which --export would replace: choose another")
-    weights = {key: w for key, w in model.state_dict().items() if not key.startswith("decoder.")}
-    with replacing(folder / "checkpoint.pt") as temporary, open(temporary, "wb") as file:
-        torch.save({"best": weights}, file)
-    write_json(folder / "config.json", {**config, "model": {**config["model"], "decoder_depth": 0}})
 
 def random_model(config, mode):
     """The model of a run with random weights. Blocks start as the identity, which mixes nothing:
@@ -279,7 +268,6 @@ FLAGS = {                # name: (default, range or choices, what it does)
     "patience": (8, number(int, 1), "tune, scratch: end after so many epochs without a better "
                  "validation macro-F1"),
     "device": ("auto", str, "cpu, cuda or mps; auto takes a GPU if there is one"),
-    "export": (None, str, "only write the encoder into this folder, a small run"),
 }
 
 def few_users(folds, users, count):
@@ -292,10 +280,8 @@ def few_users(folds, users, count):
     return few
 
 def folds_of(run, trained_on, flags, meta, users):
-    """The folds that the flags ask for, the groups (n,) that validation doesn't split, and what the
-    name of the result ends with."""
-    folds, groups, suffix = user_folds(meta, users, trained_on), users, ""
-    seen = known(meta, trained_on)
+    """The folds that the flags ask for, and the groups (n,) that validation doesn't split."""
+    folds, groups, seen = user_folds(meta, users, trained_on), users, known(meta, trained_on)
     fair = [len(train) and len(test) and not np.isin(users[test], seen).any()
             for train, test in folds]
     require(folds and all(fair), f"{flags.data} has too few users to test: {run} was pre-trained "
@@ -304,16 +290,21 @@ def folds_of(run, trained_on, flags, meta, users):
         least = min(len(np.unique(users[train])) for train, _ in folds)
         require(flags.label_users <= least, f"--label-users {flags.label_users} is more than the "
                 f"{least} training users of a fold: take fewer")
-        folds, suffix = few_users(folds, users, flags.label_users), f"-u{flags.label_users}"
+        folds = few_users(folds, users, flags.label_users)
     if flags.split == "window":                        # same sizes, but people on both sides
         order = random_stream("windows").permutation(np.concatenate(folds[0]))
         tests = np.split(order, np.cumsum([len(test) for _, test in folds]))[:len(folds)]
-        folds = [(np.setdiff1d(order, test), test) for test in tests]
-        groups, suffix = np.arange(len(users)), suffix + "-window"
-    return folds, groups, suffix
+        folds, groups = [(np.setdiff1d(order, test), test) for test in tests], np.arange(len(users))
+    return folds, groups
+
+def result_name(flags):
+    """Only plain DATA-MODE enters the table of a grid."""
+    sensor = f"-{flags.sensors}" if flags.sensors in SENSORS else ""
+    few = f"-u{flags.label_users}" if flags.label_users else ""
+    return f"{flags.data}-{flags.mode}{sensor}{few}{'-window' if flags.split == 'window' else ''}"
 
 def score_run(run, flags, prepared):
-    """Score one run, unless that was done with the same weights, data and flags."""
+    """The result of a run, from its file if that was made of the same weights, data and flags."""
     trained, config = load_run(run)
     meta, rows = prepared.meta, np.flatnonzero(prepared.labels >= 0)
     require(len(rows), f"{flags.data} has no labels, only --data with labels can be used here")
@@ -321,48 +312,42 @@ def score_run(run, flags, prepared):
     sensors = flags.sensors or pretrained
     numbers = sensor_numbers(run, pretrained, sensors)
     users, y = prepared.users[rows], torch.from_numpy(prepared.labels[rows].astype(np.int64))
-    folds, groups, suffix = folds_of(run, config["trained_on"], flags, meta, users)
-    if flags.sensors in SENSORS:
-        suffix = f"-{sensors}{suffix}"
+    folds, groups = folds_of(run, config["trained_on"], flags, meta, users)
     weights = b"".join(w.numpy().tobytes() for w in trained.state_dict().values())
-    spec = {"data": flags.data, "mode": flags.mode,
-            "patience": flags.mode in LEARNING_RATE and flags.patience,
-            "input": [hashlib.sha256(weights).hexdigest(), sensors, meta["fingerprint"], suffix]}
-    path = run / "finetune" / f"{flags.data}-{flags.mode}{suffix}.json"
+    made_of = {"data": flags.data, "mode": flags.mode, "fingerprint": meta["fingerprint"],
+               "weights": hashlib.sha256(weights).hexdigest(), "sensors": sensors,
+               "patience": flags.mode in LEARNING_RATE and flags.patience}
+    path = run / "finetune" / f"{result_name(flags)}.json"
     result = read_json(path) if path.exists() else {}
-    if not spec.items() <= result.items():
-        x = torch.from_numpy(windows_at(prepared, rows, sensors))              # (n, C, T)
-        model = trained if flags.mode in ("probe", "tune") else random_model(config, flags.mode)
-        encoder = Encoder(model.to(choose_device(flags.device)), numbers)
-        encoded = in_batches(encoder, x)                                       # (n, F)
-        scored, classes = [], len(meta["classes"])
-        for train, test in folds:
-            fold = score_fold(encoder, encoded, x, y, classes, groups, train, test, flags)
-            for part, chosen in (("train_users", train), ("test_users", test)):
-                fold[part] = [meta["users"][user] for user in np.unique(users[chosen])]
-            scored.append(fold)
-        result = {**summarise(scored), **spec, "classes": meta["classes"]}
-        result["provenance"] = provenance()
-        draw_confusion(path.with_suffix(".png"), result)
-        write_json(path, result)
-    print(f"{run} {path.stem}: accuracy {result['accuracy']:.4f}, macro-F1 "
-          f"{result['macro_f1']:.4f} +- {result['macro_f1_sd']:.4f} ({len(folds)} folds, "
-          f"{len(result['test_users'])} users tested)", flush=True)
+    if made_of.items() <= result.items():
+        return result
+    x = torch.from_numpy(windows_at(prepared, rows, sensors))                  # (n, C, T)
+    model = trained if flags.mode in ("probe", "tune") else random_model(config, flags.mode)
+    encoder = Encoder(model.to(choose_device(flags.device)), numbers)
+    encoded, classes = in_batches(encoder, x), len(meta["classes"])            # (n, F)
+    scored = []
+    for train, test in folds:
+        fold = score_fold(encoder, encoded, x, y, classes, groups, train, test, flags)
+        for part, chosen in (("train_users", train), ("test_users", test)):
+            fold[part] = [meta["users"][user] for user in np.unique(users[chosen])]
+        scored.append(fold)
+    tested = sorted({user for fold in scored for user in fold["test_users"]})
+    result = {**summarise(scored), **made_of, "test_users": tested, "classes": meta["classes"],
+              "provenance": provenance()}
+    draw_confusion(path.with_suffix(".png"), result)
+    write_json(path, result)
+    return result
 
 def main():
     parser = build_parser(FLAGS, __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of pretrain.py")
     flags = parser.parse_args()
-    if flags.export:
-        return export(flags.runs[0], Path(flags.export))
-    prepared, status = load(flags.data), 0
+    prepared = load(flags.data)
     for run in flags.runs:
-        try:
-            score_run(run, flags, prepared)
-        except UserError as error:                     # the other runs are still done
-            print(f"finetune.py: {error}", file=sys.stderr)
-            status = 2
-    return status
+        result = score_run(run, flags, prepared)
+        print(f"{run} {result_name(flags)}: accuracy {result['accuracy']:.4f}, macro-F1 "
+              f"{result['macro_f1']:.4f} +- {result['macro_f1_sd']:.4f} ({len(result['folds'])} "
+              f"folds, {len(result['test_users'])} users tested)", flush=True)
 
 if __name__ == "__main__":
     command(main)
