@@ -596,40 +596,31 @@ def screen(table, first, verdicts, drawn, out):
     print(f"Next: {advice if first['fits'] else 'the same grid with more USERS and HOURS'}")
 
 # ---------------------------------------------------------------- figures
-LOSS = "loss on held-out people"
-
-def panels(titles, xlabel, ylabel):
-    """Axes side by side, one a title."""
+def new_axes(title, xlabel, ylabel):
     from matplotlib.figure import Figure               # here, so that errors come fast
-    figure = Figure((3 + 4 * len(titles), 5), layout="constrained")
-    found = figure.subplots(1, len(titles), squeeze=False)[0]
-    for ax, title in zip(found, titles):
-        ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
-        ax.spines[["top", "right"]].set_visible(False)
-    return found
-
-def explain(ax, title=None):
-    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), title=title)
+    ax = Figure((7, 5), layout="constrained").subplots()
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    ax.spines[["top", "right"]].set_visible(False)
     return ax
 
-def curves(title, what, xlabel, x, table, labels, fits):
+def curves(title, xlabel, x, table, labels, fits):
     """Means over seeds with their error against x, a colour and a curve of the law for each label;
     open where --steps ended a run."""
     from matplotlib import colormaps, ticker
-    ax, = panels([title], xlabel, LOSS)
+    ax = new_axes(title, xlabel, "loss on held-out people")
     ax.set(xscale="log", yscale="log")
     kinds = [labels[i] for i in np.argsort(table["hours"], kind="stable")]
     kinds = [kind for kind in dict.fromkeys(kinds) if len({*table[x][labels == kind]}) > 1]
     for i, kind in enumerate(kinds):
         colour, line = colormaps["viridis"](.9 * i / len(kinds)), take(table, labels == kind)
         places, first = np.unique(line[x], return_index=True)
-        cells = [take(line, line[x] == place) for place in places]
-        means = [cell["loss"].mean() for cell in cells]
-        for place, cell, mean in zip(places, cells, means):
+        means = []
+        for place in places:
+            cell = take(line, line[x] == place)
+            losses, means = cell["loss"], [*means, cell["loss"].mean()]
             ended = np.isin(cell.get("converged", "True"), ["True", "TRUE", "1"]).all()
-            error = cell["loss"].std() / max(len(cell["loss"]) - 1, 1) ** .5
-            ax.errorbar(place, mean, error, fmt="o", color=colour,
-                        markerfacecolor=colour if ended else "white")
+            ax.errorbar(place, means[-1], losses.std() / max(len(losses) - 1, 1) ** .5, fmt="o",
+                        color=colour, markerfacecolor=colour if ended else "white")
         law = grid_law(take(line, first), **fits[0]) if fits else means
         ax.plot(places, law, color=colour, label=kind)
     ax.set_xticks(np.unique(table[x]))
@@ -637,45 +628,44 @@ def curves(title, what, xlabel, x, table, labels, fits):
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter("{x:,.6g}")
         axis.set_ticks([], minor=True)
-    return explain(ax, what)
+    return ax
 
-def bars(held, noise):
+def bars(held_out, noise):
     """Errors of the law and of the forecasters, for each setting that was held out."""
-    ax, = panels(["Predicted from all others"], "", "error of the loss (rms)")
-    for i, who in enumerate(["law", *next(iter(held.values()))["forecasters"]]):
-        errors = [one if who == "law" else one["forecasters"][who] for one in held.values()]
+    ax = new_axes("Predicted from all other runs", "held out", "rms error of the loss")
+    names = {"users": "most people", "hours_per_user": "longest", "params_encoder": "largest model"}
+    for i, who in enumerate(["law", *next(iter(held_out.values()))["forecasters"]]):
+        errors = [{"law": one, **one["forecasters"]}[who] for one in held_out.values()]
         heights = [error["rms_relative_error"] if error else 0 for error in errors]
-        ax.bar(np.arange(len(held)) + i / 5, heights, .18, label=who)
+        ax.bar(np.arange(len(errors)) + i / 5, heights, .18, label=who)
     ax.axhline(noise or 0, color="black", ls=":", label="a run, from its other seeds")
-    names = {"users": "most people", "hours_per_user": "longest recordings"}
-    ax.set_xticks(np.arange(len(held)) + .3, [names.get(x, "largest model") for x in held])
+    ax.set_xticks(np.arange(len(held_out)) + .3, map(names.get, held_out))
     ax.yaxis.set_major_formatter(lambda error, _: f"{error:.0%}")
-    return explain(ax)
+    return ax
 
 def figures(table, first):
-    """Yields (name, axes)."""
-    runs = main_model(table)
+    """{name: axes}."""
+    runs, drawn = main_model(table), {}
     each, in_all = ([duration(time) for time in runs[x]] for x in ("time", "hours"))
     data = [f"{users:.0f} people, {duration(time)}"
             for users, time in zip(table["users"], table["time"])]
-    size = "parameters of the encoder"
-    for name, title, what, xlabel, x, rows, labels in (
-            ("loss_vs_users", "More people", "recorded of each", "people", "users", runs, each),
-            ("equal_hours", "Equal hours in all", "in all", "people", "users", runs, in_all),
-            ("loss_vs_params", "Larger models", "data", size, "params_encoder", table, data)):
+    for name, title, xlabel, x, rows, labels in (
+            ("loss_vs_users", "A line: as long of each", "people", "users", runs, each),
+            ("equal_hours", "A line: as much in all", "people", "users", runs, in_all),
+            ("loss_vs_params", "A line: the same data", "parameters of the encoder",
+             "params_encoder", table, data)):
         if len({*zip(labels, rows[x])}) > len({*labels}):      # else no line has two points
-            yield name, curves(title, what, xlabel, x, rows, np.array(labels), first["fits"])
+            drawn[name] = curves(title, xlabel, x, rows, np.array(labels), first["fits"])
     if first["held_out"]:
-        yield "predicted", bars(first["held_out"], first["noise"])
+        drawn["predicted"] = bars(first["held_out"], first["noise"])
     scores = [score for score in table if score.endswith(SCORE)]
     if scores:
-        axes = panels([score.removesuffix(SCORE) for score in scores], LOSS,
-                      "macro-F1 of a linear probe")
-        for ax, score in zip(axes, scores):
-            for name, size in first["models"].items():
-                rows = take(table, table["params_encoder"] == size)
-                ax.scatter(rows["loss"], rows[score], 15, label=name)
-        yield "downstream", explain(axes[-1])
+        ax = drawn["downstream"] = new_axes("", "loss on held-out people", "macro-F1 of a probe")
+        for score in scores:
+            ax.plot(table["loss"], table[score], ".", label=score.removesuffix(SCORE))
+    for ax in drawn.values():
+        ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return drawn
 
 # ---------------------------------------------------------------- the command line
 FLAGS = {                # name: (default, range or choices, what it does)
@@ -713,7 +703,7 @@ def main():
     else:
         table = read_grid(collect(a.target, a.out) if a.target.is_dir() else a.target)
         first = grid_study(table)
-        verdicts, drawn = verdicts_of(table, first), dict(figures(table, first))
+        verdicts, drawn = verdicts_of(table, first), figures(table, first)
     write_json(a.out / "laws.json", {"laws": [first], "verdicts": verdicts,
                                      "provenance": provenance()})
     for name, ax in drawn.items():
