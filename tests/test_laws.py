@@ -1,8 +1,4 @@
-"""The laws against what is known: planted laws, a published fit, planted claims, bad input.
-
-`COVERAGE=results/coverage.md python -m pytest -m slow tests/test_laws.py` writes that page again
-(a quarter of an hour of one core).
-"""
+"""The laws against what is known: planted laws, a published fit, planted claims, bad input."""
 import csv, math, os, re
 from pathlib import Path
 
@@ -284,62 +280,3 @@ def test_rows_that_are_not_independent_are_named_and_groups_widen_the_interval(r
     assert width[1] > 2 * width[0]
     write_table("t.csv", {key: np.append(values, values[:3]) for key, values in table.items()})
     assert "3 of 183 rows" in run("fit_laws.py t.csv --x tokens --bootstrap 0 --out out")[1]
-
-# ---------------------------------------------------------------- the coverage study
-def coupled(table, E, R, A, a, b, B, c, d):
-    """M2 with a plateau: hours have an exponent of their own, data and size are coupled."""
-    data = A * table["users"] ** -a * table["hours_per_user"] ** -b
-    return E + 1 / ((data + B * table["params_encoder"] ** -c) ** -d + 1 / R)
-
-def pure(table, A, a, b, B, c):
-    """No floor, no plateau."""
-    data = A * table["users"] ** -a * table["hours_per_user"] ** -b
-    return data + B * table["params_encoder"] ** -c
-
-WIDE = {**GRID, "E": (.02, 10, .05, .2), "A": (1e-9, 1e3, .01, 1), "a": (0, 9, .1, 1.5),
-        "b": (0, 9, .1, 1), "d": (.3, 1, .4, .9)}
-KINDS = {"this law": (grid_law, "ERAahBc"), "M2, with a plateau": (coupled, "ERAabBcd"),
-         "pure power law": (pure, "AabBc"), "this law, h endless": (grid_law, "ERAaBc")}
-FAR = {"users": np.array([96.]), "hours_per_user": np.array([.2222]),
-       "params_encoder": np.array([148992.])}
-
-def studied(rng, formula, true, table):
-    """One simulated grid: which intervals hold the truth, and what is claimed?"""
-    seeds, users = (np.unique(table[x], return_inverse=True)[1] for x in ("seed", "users"))
-    shared = .017 * rng.normal(size=(max(seeds) + 1, max(users) + 1))[seeds, users]
-    noise = np.exp(.022 * rng.normal(size=len(shared)) + shared)
-    drawn = {**table, "loss": formula(table, **true) * noise}
-    table_of = fit_laws.grid_study(drawn)
-    law = table_of
-    far, slopes = formula(FAR, **true)[0], users_save(drawn, drawn["loss"])
-    logs = np.log([grid_law(FAR, **numbers)[0] for numbers in law["fits"]])
-    run = far * np.exp(.022 * rng.normal() + .017 * rng.normal())
-    ends = interval(slopes.mean(), without_each(slopes))
-    slope = users_save(table, formula(table, **true)).mean()
-    holds = {name: (law["ci95"][name], true.get(name)) for name in GRID} | {
-        "96 users": (np.exp(interval(logs[0], logs[1:])), far),
-        "a run of 96": (fit_laws.expected(law, grid_law, FAR)[1][:, 0], run), "slope": (ends, slope)}
-    known = [name for name in holds if name in true or name not in GRID]
-    return {name: low <= truth <= high for name, ((low, high), truth) in holds.items()
-            if name in known and (formula is grid_law or name not in "AaBc")} | {
-        "users": ends[0] > 0, "hours": ends[1] < 0,
-        "run out": law["ci95"]["h"][1] < 3 * table["time"].max()}
-
-GRIDS = int(os.environ.get("GRIDS", 200))
-
-@pytest.mark.slow
-def test_intervals_hold_the_truth_and_nothing_false_is_claimed(tmp_path):
-    real, lowest = fit_laws.read_grid(ROOT / "results/experiment/results.csv"), []
-    report = re.match(r"(?s).*?\|---.*?\n", (ROOT / "results/coverage.md").read_text())[0]
-    columns = [*GRID, "96 users", "a run of 96", "slope", "users", "hours", "run out"]
-    for kind, (formula, names) in KINDS.items():
-        true = fit(Law(formula, {name: WIDE[name] for name in names}, 1e9), real, "loss")
-        for seeds in (5, 3):
-            rng, table = np.random.default_rng(0), take(real, real["seed"] < seeds)
-            found = [studied(rng, formula, true, table) for _ in range(GRIDS)]
-            share = {name: 100 * np.mean([one[name] for one in found]) for name in found[0]}
-            cells = [f"{share[name]:.1f}" if name in share else "" for name in columns]
-            report += f"| {kind} | {seeds} | {' | '.join(cells)} |\n"
-            Path(os.environ.get("COVERAGE", tmp_path / "page.md")).write_text(report)
-            lowest.append(min(share[name] for name in columns[:-3] if name in share))
-    assert GRIDS < 200 or min(lowest) >= 88
