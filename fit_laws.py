@@ -573,9 +573,9 @@ def show(first):
     print(f"{first['y']} = {first['form']}   ({first['n']} rows)")
     numbers, ends = first.get("parameters", first) or {}, first["ci95"] or {}
     for name in dict.fromkeys(["E", "A", "alpha", *GRID]):
-        if name in numbers:
-            both = numbers[name], ends.get(name, "no interval")
-            print(f"  {name:6}", *(np.array2string(np.array(each), precision=4) for each in both))
+        values = [each[name] for each in (numbers, ends) if name in each]
+        if values:
+            print(f"  {name:6}", *(np.array2string(np.array(each), precision=4) for each in values))
 
 def screen(table, first, verdicts, drawn, out):
     """What a sweep ends with."""
