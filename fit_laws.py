@@ -211,7 +211,7 @@ def read_csv(path, needed, from_0=()):
     return table
 
 # ---------------------------------------------------------------- a grid of runs
-SETTINGS = "users", "time", "params_encoder"           # time: hours of each, for a cap the mean
+SETTINGS = "users", "hours_per_user", "params_encoder"
 MAY_DIFFER = {"users", "hours_per_user", "width", "depth", "heads", "seed", "steps"}
 NEEDED = "users", "hours_per_user", "hours", "params_encoder", "width", "depth", "heads", "loss"
 SCORE = "_macro_f1"                                    # a probe's column: DATA_macro_f1
@@ -260,13 +260,14 @@ def collect(folder, out):
     return out / "results.csv"
 
 def read_grid(path):
-    """The columns of a results.csv, and time; line, of equal hours; people (n, people)."""
-    from_0 = "seed", "hours_cap"
-    table = read_csv(path, NEEDED + from_0, from_0)
+    """The columns of a results.csv, with the mean hours_per_user of each cap, and line, of equal
+    hours, and people (n, people)."""
+    table = read_csv(path, (*NEEDED, "seed"), from_0=["seed"])
     twice = [name for name, n in Counter(table.get("name", ())).items() if n > 1]
     require(not twice, f"{path} has {twice} twice: remove one")
-    caps = table["hours_cap"]
-    table["time"] = np.array([table["hours_per_user"][caps == cap].mean() for cap in caps])
+    each = table["hours_per_user"]
+    caps = table.get("hours_cap", each)                # people may have less than the cap
+    table["hours_per_user"] = np.array([each[caps == cap].mean() for cap in caps])
     table["line"] = lines(table)
     people = [values for key, values in table.items() if key.startswith("person.")]
     if people and np.isfinite(people).all():           # all runs have the same people
@@ -277,7 +278,7 @@ def grid_ranges(table):
     """Of the numbers that this grid has settings for; none if it has too few for a law."""
     users, times, sizes = (len({*table[x]}) for x in SETTINGS)
     names = "ERAa" + "h" * (times > 1) + "Bc" * (sizes > 2)
-    data = {*zip(table["users"], table["time"])}
+    data = {*zip(table["users"], table["hours_per_user"])}
     enough = users > 2 and len(data) > 4 + (times > 1)
     return {name: GRID[name] for name in names if enough}
 
@@ -297,8 +298,6 @@ def grid_study(table):
     tops = {x: top for x, top in tops.items()
             if grid_ranges(take(table, ~top)).keys() == law.ranges.keys()}
     first |= study(law, table, "loss", SETTINGS, tops, without_each_seed(table))
-    first["held_out"] = {"hours_per_user" if x == "time" else x: errors
-                         for x, errors in first["held_out"].items()}
     whole, *others = first["fits"]
     if len(others) > 2:
         first["ci95"] = {name: grid_interval(whole[name], [one[name] for one in others], low > 0)
@@ -426,8 +425,7 @@ def predict(path, cells, out):
     """Predict each row of a CSV; where y is measured in all of them, report the errors."""
     first, formula, rows, _ = read_law(path)
     *settings, y = rows
-    table = read_csv(cells, ["hours_per_user" if x == "time" else x for x in settings])
-    table["time"] = table.get("hours_per_user", table[settings[0]])
+    table = read_csv(cells, settings)
     losses, band = expected(first, formula, table)
     others = forecasts(rows, table, y, settings, settings[0])
     known = {who: np.where(np.isfinite(each), each, None) for who, each in others.items()}
@@ -470,7 +468,7 @@ def recommend(path, a):
     print(f"Model {names[best]}: no larger one of the grid gains more than 1 %. Expected loss "
           f"{losses[best]:.4f}, 95 % of runs {band[0, best]:.4f} to {band[1, best]:.4f}.")
     print(verdicts["users_minus_hours_exponent"]["text"])
-    for x, value in ("users", users), ("time", each):
+    for x, value in ("users", users), ("hours_per_user", each):
         low, high = min(rows[x]), max(rows[x])
         if not .99 * low <= value <= 1.01 * high:
             print(f"note: {x} {value:.3g} is extrapolated, the grid has {low:.3g} to {high:.3g}")
@@ -512,11 +510,9 @@ def users_or_hours(table):
     rest = [users_save(table, losses).mean() for losses in without_each(people)]
     runs = main_model(table)
     for line in {*runs["line"]}:
-        users = np.unique(runs["users"][runs["line"] == line])
-        for few, many in zip(users, users[1:]):
-            both = take(runs, (runs["line"] == line) & np.isin(runs["users"], (few, many)))
-            gains = users_save(both, both["loss"])
-            won += [bool(gains.mean() > 0)] if len(gains) else []
+        cells = take(runs, runs["line"] == line)
+        means = [cells["loss"][cells["users"] == users].mean() for users in np.unique(cells["users"])]
+        won += (np.diff(means) < 0).tolist()
     positive = sum(bool(gain > 0) for gain in each)
     text = (f"At equal hours in all, more people, recorded for less time each, had the lower loss "
             f"in {sum(won)} of {len(won)} pairs of settings, and for {positive} of {len(each)} "
@@ -536,12 +532,12 @@ def power_law(held):
         margin = [error - held["rms_relative_error"] for error in sorted(lines)]
     return verdict("Does the law predict the largest number of users?",
                    "Yes, better than straight lines do.", "No, straight lines do it better.",
-                   margin[0], None, margin, "four numbers of users, and to beat both lines")
+                   margin[0] or None, None, margin, "four numbers of users, and to beat both lines")
 
 def verdicts_of(table, first):
     """{claim: its verdict}, the central ones first."""
-    loss, users, time = (np.log(table[x]) for x in ("loss", "users", "time"))
-    size, seeds, longest = table["params_encoder"], table["seed"], table["time"].max()
+    loss, users, time = (np.log(table[x]) for x in ("loss", "users", "hours_per_user"))
+    size, seeds, longest = table["params_encoder"], table["seed"], table["hours_per_user"].max()
     people = saved(loss, users, seeds, numbered(time, size))
     times = saved(loss, time, seeds, numbered(users, size))
     more = saved(loss, np.log10(size) * np.log2(table["hours"]), seeds, numbered(users, time), size)
@@ -580,11 +576,12 @@ def show(first):
 def screen(table, first, verdicts, drawn, out):
     """What a sweep ends with."""
     runs = main_model(table)
-    times = np.unique(runs["time"])
+    times = np.unique(runs["hours_per_user"])
     print("\nMean loss, users down, recorded of each across:")
     print(f"{'':8}", *(f"{duration(time):>8}" for time in times))
     for users in np.unique(runs["users"]):
-        cells = [runs["loss"][(runs["users"] == users) & (runs["time"] == time)] for time in times]
+        row = take(runs, runs["users"] == users)
+        cells = [row["loss"][row["hours_per_user"] == time] for time in times]
         print(f"{users:8.0f}", *(f"{cell.mean():8.4f}" if len(cell) else f"{'-':>8}"
                                  for cell in cells))
     said = [verdict["text"] for claim, verdict in verdicts.items()
@@ -646,9 +643,9 @@ def bars(held_out, noise):
 def figures(table, first):
     """{name: axes}."""
     runs, drawn = main_model(table), {}
-    each, in_all = ([duration(time) for time in runs[x]] for x in ("time", "hours"))
-    data = [f"{users:.0f} people, {duration(time)}"
-            for users, time in zip(table["users"], table["time"])]
+    each, in_all = ([duration(hours) for hours in runs[x]] for x in ("hours_per_user", "hours"))
+    data = [f"{users:.0f} people, {duration(hours)}"
+            for users, hours in zip(table["users"], table["hours_per_user"])]
     for name, title, xlabel, x, rows, labels in (
             ("loss_vs_users", "A line: as long of each", "people", "users", runs, each),
             ("equal_hours", "A line: as much in all", "people", "users", runs, in_all),

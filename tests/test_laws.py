@@ -132,7 +132,7 @@ def test_a_grid_becomes_a_table_a_law_figures_and_advice(run):
     assert read("out/laws.json")["laws"] == read("again/laws.json")["laws"]
 
     _, advice, _ = run("fit_laws.py out/laws.json --recommend --users 30 --hours-per-user 2")
-    assert "More people." in advice and "time 2 is extrapolated" in advice
+    assert "More people." in advice and "hours_per_user 2 is extrapolated" in advice
     loss = float(re.search(r"loss (\d\.\d+)", advice)[1])
     model = re.search(r"\d+x\d+x\d+", advice)[0]
     expected = grid_law({"users": 30, "hours_per_user": 2, "params_encoder": SIZES[model]}, **TRUE)
