@@ -647,9 +647,9 @@ def figures(table, first):
     data = [f"{users:.0f} people, {duration(hours)}"
             for users, hours in zip(table["users"], table["hours_per_user"])]
     for name, title, xlabel, x, rows, labels in (
-            ("loss_vs_users", "A line: as long of each", "people", "users", runs, each),
-            ("equal_hours", "A line: as much in all", "people", "users", runs, in_all),
-            ("loss_vs_params", "A line: the same data", "parameters of the encoder",
+            ("loss_vs_users", "Colours: recorded of each", "people", "users", runs, each),
+            ("equal_hours", "Colours: recorded in all", "people", "users", runs, in_all),
+            ("loss_vs_params", "Colours: the data", "parameters of the encoder",
              "params_encoder", table, data)):
         if len({*zip(labels, rows[x])}) > len({*labels}):      # else no line has two points
             drawn[name] = curves(title, xlabel, x, rows, np.array(labels), first["fits"])
@@ -657,9 +657,12 @@ def figures(table, first):
         drawn["predicted"] = bars(first["held_out"], first["noise"])
     scores = [score for score in table if score.endswith(SCORE)]
     if scores:
-        ax = drawn["downstream"] = new_axes("", "loss on held-out people", "macro-F1 of a probe")
+        ax = drawn["downstream"] = new_axes("Linear probes of each run", "loss on held-out people",
+                                            "macro-F1, divided by its mean")
         for score in scores:
-            ax.plot(table["loss"], table[score], ".", label=score.removesuffix(SCORE))
+            mean = np.nanmean(table[score])
+            label = f"{score.removesuffix(SCORE)}: mean {mean:.3f}"
+            ax.plot(table["loss"], table[score] / mean, ".", label=label)
     for ax in drawn.values():
         ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return drawn
