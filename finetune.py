@@ -2,7 +2,7 @@
 Downstream: what a pre-trained encoder knows about activities of people it has never seen.
 
     windows x (n, C, T)         scaled as in pre-training; a tail shorter than a patch is cut
-      encode  -> (n, S, G, 2D)  of each patch of each sensor, none masked: the last two blocks
+      encode  -> (n, S, G, 2D)  of each patch of each sensor, none masked
       pool    -> (n, F)         mean and deviation over time, by sensor: F = 4 x S x D
       predict -> (n,)           by a probe, or by a network of encoder and head
       score   -> RUN/finetune/DATA-MODE.json and .png
@@ -12,8 +12,8 @@ then trains both together; `scratch` does so from random weights (what the label
 `random` is the probe of random weights (what the architecture alone can do).
 
 Every split is by user. In each fold a fifth of the training users are validation users: they choose
-the penalty of a probe (which is then fitted to all training users) and the epoch of a network that
-is kept. Test users are evaluated once, after everything is chosen.
+the penalty of a probe (which is then fitted to all training users) and which epoch of a network is
+kept. Test users are evaluated once, after everything is chosen.
 
     python finetune.py runs/first --data ucihar --mode tune
     python finetune.py runs/pool/* --data wisdm_watch                 # a probe of each run
@@ -40,35 +40,33 @@ Probe = namedtuple("Probe", "weights mean sd l2")      # weights (F + 1, K), mea
 
 # ---------------------------------------------------------------- who trains and who is tested
 def split_rows(rows, groups, chosen):
-    """Rows -> (rows of the other groups, rows of the `chosen` groups); groups (n,): of all rows."""
+    """Rows outside and inside the `chosen` groups; groups (n,): one a window."""
     inside = np.isin(groups[rows], chosen)
     return rows[~inside], rows[inside]
 
-def five_folds(rows, groups, tested, name):
-    """[(train, test), ...]: the rows split 5 times; each group of `tested` is in one test."""
-    order = random_stream(name).permutation(np.intersect1d(groups[rows], tested))
+def five_folds(rows, groups, name):
+    """[(train, test), ...]: the rows split 5 times; each group is in one test."""
+    order = random_stream(name).permutation(np.unique(groups[rows]))
     return [split_rows(rows, groups, order[k::5]) for k in range(min(5, len(order)))]
 
 def user_folds(meta, users, trained_on):
-    """Windows for training and for testing: [(train, test), ...], indices into users (n,). No user
-    is on both sides of a fold, or tested twice, or tested if the encoder was `trained_on` them.
-
-    Tested are the official test users of a set that has them. Else, if the encoder was trained on
-    others of the set: its held-out users, or, if they were among those, all who weren't. Else all
-    users, in 5 folds."""
+    """Windows for training and for testing, [(train, test), ...]. Nobody is on both sides, tested
+    twice, or tested if the encoder was `trained_on` them. Who is tested: the official test users of
+    the set; else, if the encoder saw people of this set, the held-out ones that it didn't see (if
+    none, all that it didn't see); else everyone, in 5 folds."""
     rows, seen = np.arange(len(users)), known(meta, trained_on)
     official = [u for u, name in enumerate(meta["users"]) if name in (meta["test_users"] or [])]
     unseen = set(range(len(meta["users"]))) - set(seen)
     held_out = unseen & set(sum(held_out_users(meta), []))
     if official or seen:
         return [split_rows(rows, users, official or sorted(held_out or unseen))]
-    return five_folds(rows, users, users, "folds")
+    return five_folds(rows, users, "folds")
 
 def split_validation(train, groups):
     """Training rows -> (fit, validation): validation is a fifth of the groups, one at least."""
     if len(np.unique(groups[train])) == 1:             # a single user: a fifth of the windows
         groups = np.arange(len(groups))
-    return five_folds(train, groups, groups, "validation users")[0]
+    return five_folds(train, groups, "validation users")[0]
 
 # ---------------------------------------------------------------- features
 class Encoder(nn.Module):
@@ -97,17 +95,17 @@ def logistic_regression(x, y, l2, start, tolerance):
 
     by L-BFGS from `start`, until no entry of the gradient is above `tolerance`."""
     w = start.clone().requires_grad_()
-    search = torch.optim.LBFGS([w], max_iter=5000, history_size=20, tolerance_grad=tolerance,
-                               tolerance_change=0, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([w], max_iter=5000, history_size=20, tolerance_grad=tolerance,
+                                  tolerance_change=0, line_search_fn="strong_wolfe")
 
     def loss():
-        search.zero_grad()
-        fit = nn.functional.cross_entropy(x @ w[:-1] + w[-1], y)
-        value = fit + l2 / 2 * w[:-1].square().sum()
+        optimizer.zero_grad()
+        likelihood = nn.functional.cross_entropy(x @ w[:-1] + w[-1], y)
+        value = likelihood + l2 / 2 * w[:-1].square().sum()
         value.backward()
         return value
 
-    search.step(loss)
+    optimizer.step(loss)
     return w.detach()
 
 def fit_probe(x, y, classes, fit, validation, final):
@@ -121,7 +119,7 @@ def fit_probe(x, y, classes, fit, validation, final):
     probes, f1, weights = [], [], x.new_zeros(x.shape[1] + 1, classes)
     for l2 in PENALTIES:
         probes.append(fit_rows(fit, l2, weights, tolerance=3e-4))
-        weights = probes[-1].weights
+        weights = probes[-1].weights                   # where the next one starts
         predicted = predict(probes[-1], x[validation])
         f1.append(scores(confusion(y[validation], predicted, classes))["macro_f1"])
     best = probes[np.argmax(f1)]
@@ -129,8 +127,8 @@ def fit_probe(x, y, classes, fit, validation, final):
 
 def predict(probe, x):
     """Features x (n, F) -> predicted classes (n,)."""
-    logits = (x - probe.mean) / probe.sd @ probe.weights[:-1] + probe.weights[-1]
-    return logits.argmax(1)
+    z = (x - probe.mean) / probe.sd
+    return (z @ probe.weights[:-1] + probe.weights[-1]).argmax(1)
 
 # ---- from here on: files, flags, figures
 def confusion(truth, predicted, classes):
@@ -185,7 +183,8 @@ def score_fold(encoder, encoded, x, y, classes, groups, train, test, flags):
     """Train on the rows `train`, score on the rows `test`."""
     fit, validation = split_validation(train, groups)
     network = flags.mode in LEARNING_RATE
-    probe, epoch = fit_probe(encoded, y, classes, fit, validation, fit if network else train), None
+    final, epoch = fit if network else train, None     # validation must be new to a network
+    probe = fit_probe(encoded, y, classes, fit, validation, final)
     predicted = predict(probe, encoded[test])
     if network:
         net, epoch = train_network(encoder, probe, x, y, classes, fit, validation, flags)
@@ -245,9 +244,10 @@ def random_model(config, mode):
     for the mode "random", random ones are the stronger baseline."""
     torch.manual_seed(0)
     model = MAE(**config["model"]).eval()
-    for block in model.blocks if mode == "random" else ():
-        block.attention.out.reset_parameters()
-        block.down.reset_parameters()
+    if mode == "random":
+        for block in model.blocks:
+            block.attention.out.reset_parameters()
+            block.down.reset_parameters()
     return model
 
 def sensor_numbers(run, pretrained, wanted):
@@ -271,8 +271,8 @@ FLAGS = {                # name: (default, range or choices, what it does)
 }
 
 def few_users(folds, users, count):
-    """Folds with only `count` of their training users, who are among those of a larger count; a
-    single fold is drawn 5 times."""
+    """Folds with only `count` of their training users (a larger count has all of a smaller one's);
+    a single fold is drawn 5 times."""
     few = []
     for k, (train, test) in enumerate(folds * (5 if len(folds) == 1 else 1)):
         order = random_stream("label users", k).permutation(np.unique(users[train]))
@@ -280,7 +280,7 @@ def few_users(folds, users, count):
     return few
 
 def folds_of(run, trained_on, flags, meta, users):
-    """The folds that the flags ask for, and the groups (n,) that validation doesn't split."""
+    """The folds that the flags ask for, and groups (n,), each wholly in validation or not."""
     folds, groups, seen = user_folds(meta, users, trained_on), users, known(meta, trained_on)
     fair = [len(train) and len(test) and not np.isin(users[test], seen).any()
             for train, test in folds]
@@ -298,7 +298,7 @@ def folds_of(run, trained_on, flags, meta, users):
     return folds, groups
 
 def result_name(flags):
-    """Only plain DATA-MODE enters the table of a grid."""
+    """Only plain DATA-probe enters the table of a grid."""
     sensor = f"-{flags.sensors}" if flags.sensors in SENSORS else ""
     few = f"-u{flags.label_users}" if flags.label_users else ""
     return f"{flags.data}-{flags.mode}{sensor}{few}{'-window' if flags.split == 'window' else ''}"
@@ -316,7 +316,7 @@ def score_run(run, flags, prepared):
     weights = b"".join(w.numpy().tobytes() for w in trained.state_dict().values())
     made_of = {"data": flags.data, "mode": flags.mode, "fingerprint": meta["fingerprint"],
                "weights": hashlib.sha256(weights).hexdigest(), "sensors": sensors,
-               "patience": flags.mode in LEARNING_RATE and flags.patience}
+               "patience": flags.patience if flags.mode in LEARNING_RATE else None}
     path = run / "finetune" / f"{result_name(flags)}.json"
     result = read_json(path) if path.exists() else {}
     if made_of.items() <= result.items():

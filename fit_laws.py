@@ -4,7 +4,7 @@ From finished runs to a scaling law: its fit, what it predicts, and which claims
     python fit_laws.py runs/GRID --out results/GRID                    # a grid: collect, fit, draw
     python fit_laws.py results/GRID/results.csv --out DIR              # again, from its table
     python fit_laws.py TABLE.csv --x params tokens --y loss --out DIR  # any table
-    python fit_laws.py DIR/laws.json --predict CELLS.csv               # before and after runs
+    python fit_laws.py DIR/laws.json --predict CELLS.csv               # before runs; after: errors
     python fit_laws.py DIR/laws.json --recommend --users 30 --hours-per-user 2
     python fit_laws.py DIR/laws.json --recommend --hours 20 --setup 0.5
 
@@ -29,16 +29,16 @@ def grid_law(table, E, R, A, a, h=math.inf, B=0., c=0.):
 
         loss = E + 1 / (1/s + 1/R)        s = A N^-a + B P^-c        N = U h H / (H + h)
 
-    E stays with endless data; without data the loss is E + R. N: effective hours in all, as the
-    hours of one person count less and less, half as much at H = h.
+    E stays with endless data and parameters; without data the loss is E + R. s: what is missing.
+    N: effective hours in all. H hours of a person count half at H = h, and never more than h.
     """
     hours = table["hours_per_user"]
     N = table["users"] * hours / (1 + hours / h)
     s = A * N ** -a + B * table["params_encoder"] ** -c
     return E + 1 / (1 / s + 1 / R)
 
-# Of each number the lowest and highest, and the ends between which random starts are drawn. If the
-# lowest is above 0, its logarithm is fitted, and its interval is symmetric on a log axis.
+# Of each number the lowest and highest, and between which two it starts. If the lowest is above 0,
+# its logarithm is fitted, and its interval is symmetric on a log axis.
 GRID = {
     "E": (0, 10, 0, .2),
     "R": (1e-3, 10, .05, 1),
@@ -51,7 +51,7 @@ GRID = {
 def table_law(table, units, E=0., **numbers):
     """E + the sum over terms of A times each factor's x^-alpha (Hoffmann et al. 2022, 2203.15556).
     numbers: {"A users*hours": A of a term, ..., "alpha users": alpha of a factor, ...}; units:
-    {factor: what it is divided by}, as A, where all factors are 1, is far from the data."""
+    {factor: its divisor}, so that an A is its term amid the data."""
     loss = E
     for name in numbers:
         if name.startswith("A "):
@@ -67,18 +67,18 @@ def table_ranges(table, y, terms, floor):
     for term in terms:
         ranges["A " + "*".join(term)] = 1e-12 * mean, 100 * mean, .03 * mean, mean
         for x in term:
-            half = np.ptp(np.log(table[x])) / 2        # alpha 1 / half: e^2 over the range of x
+            half = np.ptp(np.log(table[x])) / 2        # alpha 1 / half changes a term e^2-fold
             ranges[f"alpha {x}"] = 0, 20 / half, .05 / half, 1 / half
     return ranges
 
 # ---------------------------------------------------------------- the fit
 @np.errstate(all="ignore")                             # trial steps may overflow
 def fit(law, table, y, near=None):
-    """The law's {name: value} of least squared (or Huber's) log residuals: the best of 12 random
-    starts; with `near`, the fit to a similar table, of it and 3 random ones."""
+    """{name: value} of the least squared (or Huber) log residuals: the best of 12 random starts, or
+    of 3 and of `near`, the fit to a similar table."""
     ranges = np.array([*law.ranges.values()]).T
     logs = ranges[0] > 0
-    low, high, first, last = np.where(logs, np.log(ranges), ranges)
+    low, high, start_low, start_high = np.where(logs, np.log(ranges), ranges)
 
     def named(theta):
         return dict(zip(law.ranges, np.where(logs, np.exp(theta), theta).tolist()))
@@ -87,87 +87,92 @@ def fit(law, table, y, near=None):
         return np.log(law.formula(table, **named(theta))) - np.log(table[y])
 
     draws = np.random.default_rng(0).random((3 if near else 12, len(low)))
-    starts = [*first + (last - first) * draws]
+    starts = list(start_low + (start_high - start_low) * draws)
     if near:                                           # alone it may stick
         values = np.array([*near.values()])
         starts.append(np.where(logs, np.log(values), values))
     for evaluations in (15, None):                     # all starts briefly, the best two to the end
-        ends = [least_squares(residuals, np.clip(start, low, high), bounds=(low, high),
+        fits = [least_squares(residuals, np.clip(start, low, high), bounds=(low, high),
                               x_scale="jac", loss="huber", f_scale=law.huber,
                               max_nfev=evaluations) for start in starts]
-        ends.sort(key=lambda end: end.cost)
-        starts = [end.x for end in ends[:2]]
+        fits.sort(key=lambda found: found.cost)
+        starts = [found.x for found in fits[:2]]
     return named(starts[0])
 
 # ---------------------------------------------------------------- intervals
 def take(table, rows):
     return {name: values[rows] for name, values in table.items()}
 
-def without_each_seed(table):                          # runs of one share people, vary together
+def without_each_seed(table):                          # its runs share people, vary together
     return [take(table, table["seed"] != seed) for seed in np.unique(table["seed"])]
 
 def without_each(values):
     """The mean of values (n, ...) without each of them in turn, (n, ...)."""
     return (np.sum(values, axis=0) - values) / max(len(values) - 1, 1)
 
-def interval(value, seeds, people=()):
-    """95 % of a number, from its values without each seed (and each held-out person) in turn: the
-    jackknife's error times Student's t."""
-    if len(seeds) < 3:                                 # two say next to nothing
+def interval(value, without_seed, without_person=()):
+    """The 95 % interval of a number, from its values without each seed (and each held-out person)
+    in turn: the jackknife's error times Student's t."""
+    if len(without_seed) < 3:                          # two say next to nothing
         return None
     square = sum(np.var(values, axis=0) * (len(values) - 1)
-                 for values in (seeds, people) if len(values))
-    half = student.ppf(.975, len(seeds) - 1) * np.sqrt(square)
+                 for values in (without_seed, without_person) if len(values))
+    half = student.ppf(.975, len(without_seed) - 1) * np.sqrt(square)
     return [value - half, value + half]
 
 # ---------------------------------------------------------------- equal hours, more people
-def numbered(*columns):                                # each combination of values, (n,)
+def numbered(*columns):                                # (n,): the number of each row's combination
     return np.unique(columns, axis=1, return_inverse=True)[1].ravel()
 
-def lines(table):
-    """The line of each run (n,): of one are those of a model with hours in all within 5 %."""
+def equal_hours(table):
+    """Which runs are compared, (n,): those of one model whose hours in all are within 5 %."""
     hours, place = np.unique(table["hours"], return_inverse=True)
     for i in range(1, len(hours)):
-        hours[i] = hours[i - 1] if hours[i] < 1.05 * hours[i - 1] else hours[i]
+        if hours[i] < 1.05 * hours[i - 1]:
+            hours[i] = hours[i - 1]
     return numbered(hours[place], table["params_encoder"])
 
-def saved(y, x, seeds, *groups):
-    """In each seed, minus the slope of y (n,) on x (n,): least squares, with a constant for each
-    value of each of the groups (n,). Seeds where nothing can be compared are left out: (k,)."""
+def savings(y, x, seeds, *groups):
+    """In each seed (k,), by how much y (n,) falls as x (n,) rises by 1: minus the least-squares
+    slope, with a constant for each value of each group (n,). Seeds with nothing to compare are
+    left out."""
     found = []
     for seed in np.unique(seeds):
         rows = seeds == seed
         constants = [group[rows] == value for group in groups for value in np.unique(group)]
         constants = np.stack(constants, axis=1).astype(float)
-        change = x[rows] - constants @ np.linalg.lstsq(constants, x[rows], rcond=None)[0]
+        explained = constants @ np.linalg.lstsq(constants, x[rows], rcond=None)[0]
+        change = x[rows] - explained                   # of x, among those that are compared
         if change @ change > 1e-9:
             found.append(-(change @ y[rows]) / (change @ change))
     return np.array(found)
 
 def users_save(table, losses):
     """In each seed, what e times as many users save in log loss at equal hours in all."""
-    return saved(np.log(losses), np.log(table["users"]), table["seed"], table["line"])
+    return savings(np.log(losses), np.log(table["users"]), table["seed"], table["equal_hours"])
 
 # ---------------------------------------------------------------- held out, beside forecasters
 def forecasts(rest, rows, y, settings, x):
-    """Of rows, without a law: {forecaster: (m,)}. A line is one in all settings, a plane."""
-    before, now = (np.column_stack([*(np.log(table[other]) for other in settings), table[x] ** 0])
-                   for table in (rest, rows))
-    both = np.column_stack([np.log(rest[y]), rest[y]])
-    log_log, semi_log = (now @ np.linalg.lstsq(before, both, rcond=None)[0]).T
+    """{forecaster: its y of rows (m,)}, from `rest`, without a law. Lines are straight in the logs
+    of all settings."""
+    before, now = (np.column_stack([np.log(table[other]) for other in settings] +
+                                   [np.ones_like(table[x])]) for table in (rest, rows))
+    targets = np.column_stack([np.log(rest[y]), rest[y]])
+    slopes = np.linalg.lstsq(before, targets, rcond=None)[0]
+    log_log, semi_log = (now @ slopes).T
     ratio = [last_ratio(rest, take(rows, i), y, settings, x) for i in range(len(now))]
     return {"last ratio": np.array(ratio), "line on log axes": np.exp(log_log),
             "line on semi-log axes": semi_log}
 
 def last_ratio(rest, row, y, settings, x):
-    """The step between the last two settings of x below the row's, all else equal, goes on."""
+    """The ratio of y between the last two smaller x, all else equal, goes on."""
     alike = [np.isclose(rest[other], row[other], .03) for other in settings if other != x]
     before = take(rest, np.all([rest[x] < row[x], *alike], axis=0))
     last = np.unique(before[x])[-2:]
     if len(last) < 2:
         return math.nan
     means = [before[y][before[x] == value].mean() for value in last]
-    steps = np.log(row[x] / last[1]) / np.log(last[1] / last[0])
+    steps = np.log(row[x] / last[1]) / np.log(last[1] / last[0])       # such as the last one
     return means[1] * (means[1] / means[0]) ** steps
 
 # ---- from here on: files, flags, figures
@@ -229,7 +234,7 @@ def read_cell(cell):
             row |= {f"{data}_{key}": value for key, value in read_json(path).items()
                     if isinstance(value, (int, float))}
         require(all(row[key] > 0 for key in NEEDED), "a number isn't above 0")
-        return result["config"] | {}, row
+        return result["config"] | {}, row              # TypeError if that is damaged
     except (LookupError, TypeError, ValueError, AttributeError, UserError) as error:
         raise UserError(f"{cell} has a damaged file ({error!r}): delete it, run this cell again"
                         ) from None
@@ -260,15 +265,15 @@ def collect(folder, out):
     return out / "results.csv"
 
 def read_grid(path):
-    """The columns of a results.csv, with the mean hours_per_user of each cap, and line, of equal
-    hours, and people (n, people)."""
+    """The columns of a results.csv. hours_per_user: its mean at each cap; equal_hours: see there;
+    people: their losses (n, people)."""
     table = read_csv(path, (*NEEDED, "seed"), from_0=["seed"])
     twice = [name for name, n in Counter(table.get("name", ())).items() if n > 1]
     require(not twice, f"{path} has {twice} twice: remove one")
     each = table["hours_per_user"]
     caps = table.get("hours_cap", each)                # people may have less than the cap
     table["hours_per_user"] = np.array([each[caps == cap].mean() for cap in caps])
-    table["line"] = lines(table)
+    table["equal_hours"] = equal_hours(table)
     people = [values for key, values in table.items() if key.startswith("person.")]
     if people and np.isfinite(people).all():           # all runs have the same people
         table["people"] = np.transpose(people)
@@ -279,8 +284,8 @@ def grid_ranges(table):
     users, times, sizes = (len({*table[x]}) for x in SETTINGS)
     names = "ERAa" + "h" * (times > 1) + "Bc" * (sizes > 2)
     data = {*zip(table["users"], table["hours_per_user"])}
-    enough = users > 2 and len(data) > 4 + (times > 1)
-    return {name: GRID[name] for name in names if enough}
+    enough = users > 2 and len(data) > 4 + (times > 1)           # more than E, R, A, a and h
+    return {name: GRID[name] for name in names} if enough else {}
 
 def grid_study(table):
     """laws[0] of a grid: with the fits without each seed, and without the runs where one setting
@@ -382,7 +387,7 @@ def study(law, table, y, settings, tops, others):
         predicted = law.formula(rows, **fit(law, rest, y))
         held_out[x] = {**errors_of(predicted, rows[y]), "forecasters": errors}
     residuals = np.log(table[y] / law.formula(table, **whole))
-    small = np.clip(residuals, -HUBER, HUBER)
+    small = np.clip(residuals, -HUBER, HUBER)          # Huber's loss: small (r - small / 2)
     return {"y": y, "n": len(residuals), "rows": {x: table[x] for x in (*settings, y)},
             "fits": [whole, *(fit(law, other, y, whole) for other in others)],
             "held_out": held_out, "rms": np.mean(residuals ** 2) ** .5,
@@ -411,8 +416,8 @@ def read_law(path):
 
 def expected(first, formula, table):
     """The loss of each row (n,) and the band of 95 % of single runs (2, n): the law's interval, and
-    the runs' scatter about it, of which those of one draw of people share some."""
-    whole, *others = logs = np.log([formula(table, **numbers) for numbers in first["fits"]])
+    the runs' scatter about it."""
+    whole, *others = np.log([formula(table, **numbers) for numbers in first["fits"]])
     ends = interval(whole, others)
     if first["name"] == "table" and others:
         ends = np.percentile(others, (2.5, 97.5), axis=0)
@@ -428,17 +433,17 @@ def predict(path, cells, out):
     table = read_csv(cells, settings)
     losses, band = expected(first, formula, table)
     others = forecasts(rows, table, y, settings, settings[0])
-    known = {who: np.where(np.isfinite(each), each, None) for who, each in others.items()}
+    finite = {who: np.where(np.isfinite(each), each, None) for who, each in others.items()}
     prediction = [{"name": str(name), "loss": losses[i], "single_run": band[:, i],
-                   "forecasters": {who: each[i] for who, each in known.items()}}
+                   "forecasters": {who: each[i] for who, each in finite.items()}}
                   for i, name in enumerate(table.get("name", losses))]
     result = {"law": path.name, "provenance": provenance(), "cells": prediction}
     measured = table.get(y, np.array(""))
     if measured.dtype.kind == "U":
         return write_json(out / "prediction.json", result)
     require((measured > 0).all(), f"{cells}: '{y}' must be above 0 in all rows or missing")
-    law, errors = errors_of(losses, measured), {who: errors_of(each, measured)
-                                                for who, each in others.items()}
+    errors = {who: errors_of(each, measured) for who, each in others.items()}
+    law = errors_of(losses, measured)
     inside = np.mean((band[0] <= measured) & (measured <= band[1]))
     for who, error in {"law": law, **errors}.items():
         print(f"{who:22}", *(f"{key} {value:.4g}" for key, value in (error or {}).items()))
@@ -451,11 +456,11 @@ def recommend(path, a):
     """The best plan for a budget; for a plan the model, the loss, whom to record next."""
     first, formula, rows, verdicts = read_law(path)
     users, each = a.users, a.hours_per_user
-    require(first["name"] == "grid" and users and each or a.hours and (a.setup or 1e9) < a.hours,
+    require(first["name"] == "grid" and (users and each or a.hours and (a.setup or 1e9) < a.hours),
             "--recommend takes a grid's laws.json, and --users and --hours-per-user, or --hours "
             "and a smaller --setup")
     if a.hours:                                        # users (H + setup) = hours
-        each = math.sqrt(first["parameters"].get("h", 1e3) * a.setup)          # N is largest
+        each = math.sqrt(first["parameters"].get("h", 1e3) * a.setup)          # largest N
         users = max(1, math.floor(a.hours / (each + a.setup)))
         each = a.hours / users - a.setup
         decided = verdicts["hours_saturate"]["decision"] == "holds"
@@ -482,7 +487,7 @@ def duration(hours):
 
 # ---------------------------------------------------------------- verdicts
 def verdict(question, yes, no, value, ci95, margin=None, needs="more seeds or users", **more):
-    """A claim holds if its margin, by default the interval, is above 0; it fails if it is below."""
+    """Holds if its margin, by default the interval, is above 0; fails if that is below."""
     low, high = margin or ci95 or (0, 0)
     needs = needs if margin or ci95 else "three seeds, with runs to compare"
     decision, answer = "can't tell here", f"Not decided by this grid: it needs {needs}."
@@ -509,9 +514,9 @@ def users_or_hours(table):
     each = [users_save(table, losses).mean() for losses in people]
     rest = [users_save(table, losses).mean() for losses in without_each(people)]
     runs = main_model(table)
-    for line in {*runs["line"]}:
-        cells = take(runs, runs["line"] == line)
-        means = [cells["loss"][cells["users"] == users].mean() for users in np.unique(cells["users"])]
+    for number in {*runs["equal_hours"]}:
+        cells = take(runs, runs["equal_hours"] == number)
+        means = [cells["loss"][cells["users"] == few].mean() for few in np.unique(cells["users"])]
         won += (np.diff(means) < 0).tolist()
     positive = sum(bool(gain > 0) for gain in each)
     text = (f"At equal hours in all, more people, recorded for less time each, had the lower loss "
@@ -527,9 +532,9 @@ def power_law(held):
     """Is the law better than both straight lines where users are held out? In errors."""
     margin = [0, 0]
     if held and held["n"] > 5:                         # fewer decide nothing
-        lines = [error["rms_relative_error"] for who, error in held["forecasters"].items()
-                 if who.startswith("line")]
-        margin = [error - held["rms_relative_error"] for error in sorted(lines)]
+        straight = [error["rms_relative_error"] for who, error in held["forecasters"].items()
+                    if who.startswith("line")]
+        margin = [error - held["rms_relative_error"] for error in sorted(straight)]
     return verdict("Does the law predict the largest number of users?",
                    "Yes, better than straight lines do.", "No, straight lines do it better.",
                    margin[0] or None, None, margin, "four numbers of users, and to beat both lines")
@@ -538,9 +543,10 @@ def verdicts_of(table, first):
     """{claim: its verdict}, the central ones first."""
     loss, users, time = (np.log(table[x]) for x in ("loss", "users", "hours_per_user"))
     size, seeds, longest = table["params_encoder"], table["seed"], table["hours_per_user"].max()
-    people = saved(loss, users, seeds, numbered(time, size))
-    times = saved(loss, time, seeds, numbered(users, size))
-    more = saved(loss, np.log10(size) * np.log2(table["hours"]), seeds, numbered(users, time), size)
+    people = savings(loss, users, seeds, numbered(time, size))
+    times = savings(loss, time, seeds, numbered(users, size))
+    both = np.log10(size) * np.log2(table["hours"])              # ten times the size, twice the hours
+    more = savings(loss, both, seeds, numbered(users, time), size)
     h, ends = ((first[key] or {}).get("h") for key in ("parameters", "ci95"))
     less = [f"{1 - 2 ** -values.mean():.0%}" if len(values) else "" for values in (people, times)]
     verdicts = {
@@ -550,7 +556,8 @@ def verdicts_of(table, first):
                                         f"same people have {less[1]} less loss.", "No.", times),
         "users_minus_hours_exponent": users_or_hours(table),
         "hours_saturate": verdict("Do the hours of one person run out?",
-                                  f"Yes: they count half after {60 * (h or 0):.2g} minutes.",
+                                  f"Yes: {60 * (h or 0):.2g} minutes of one count half, "
+                                  "and no length counts more.",
                                   f"Not within {duration(longest)}.", h, ends,
                                   ends and [3 * longest - ends[1], 3 * longest - ends[0]]),
         "power_law": power_law(first["held_out"].get("users")),
@@ -561,7 +568,7 @@ def verdicts_of(table, first):
             name, rows = score.removesuffix(SCORE), np.isfinite(table[score])
             verdicts[f"downstream_{name}"] = over_seeds(
                 f"Does the score on {name} rise as the loss falls?", "Yes.", "No, it falls.",
-                saved(table[score][rows], loss[rows], seeds[rows], rows[rows]))
+                savings(table[score][rows], loss[rows], seeds[rows], size[rows] * 0))
     return verdicts
 
 def show(first):

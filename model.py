@@ -10,7 +10,7 @@ The model: a masked autoencoder (MAE) with a Transformer encoder, for windows of
       patchify    ->  (B, S, G, 3P)   a token is one sensor over P samples; G = T / P
       draw_masks  ->  keep (B, K), masked (B, M): which of the N = S x G tokens the encoder sees and
                       which are to be predicted; the G of the first sensor come first
-      encode      ->  (B, K, D)       the visible tokens only, through `depth` blocks
+      encode      ->  (B, K, D)       the visible tokens only, through `depth` blocks; D = width
       decode      ->  (B, M, 3P)      a narrow, shallow decoder predicts each masked patch
       forward     ->  (B,)            mean squared error on the masked patches of each window
 
@@ -55,15 +55,15 @@ def draw_masks(B, N, mask_ratio, generator=None):
     return order[:, :K], order[:, K:]
 
 def rotary(time, head_width):
-    """Rotations exp(i w t) at patch numbers t (B, K): complex (B, 1, K, Dh/2). w falls from pi rad
-    per patch, the fastest that patches resolve, to about pi / 100 (Su et al., arXiv 2104.09864)."""
+    """Rotations exp(i w time), time (B, K) in patches: complex (B, 1, K, Dh/2). w falls from pi rad
+    a patch, the fastest that patches resolve, to about pi / 100 (Su et al., arXiv 2104.09864)."""
     pairs = head_width // 2
     w = math.pi * 100.0 ** -(torch.arange(pairs, device=time.device) / pairs)
     angle = time[:, None, :, None] * w
     return torch.polar(torch.ones_like(angle), angle)
 
 def rotate(x, rotation):
-    """Rotate pairs of features of x (B, H, K, Dh): q k then depends on the time between tokens."""
+    """Rotate pairs of features of x (B, H, K, Dh), so q k depends on the time between tokens."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
 
@@ -75,7 +75,7 @@ def norm(width):
     return nn.LayerNorm(width, bias=False)
 
 class Attention(nn.Module):
-    """Queries from x (B, M, D), keys and values from context (B, K, D)."""
+    """Queries from x (B, M, D), keys and values from context (B, K, D); H heads of width Dh."""
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
@@ -91,12 +91,12 @@ class Attention(nn.Module):
         k, v = self.key_value(context).chunk(2, dim=-1)
         k, v = self.split_heads(k), self.split_heads(v)                        # (B, H, K, Dh)
         q, k = rotate(q, rotation_x), rotate(k, rotation_context)
-        scores = q @ k.mT * q.shape[-1] ** -0.5                                # (B, H, M, K)
+        scores = (q @ k.mT) * q.shape[-1] ** -0.5                              # (B, H, M, K)
         mixed = scores.softmax(dim=-1) @ v                                     # (B, H, M, Dh)
         return self.out(mixed.transpose(1, 2).flatten(2))                      # (B, M, D)
 
 class Block(nn.Module):
-    """Pre-norm Transformer block, attention and an MLP four times as wide: x (B, M, D) -> the same.
+    """Pre-norm Transformer block, attention and an MLP four times as wide: (B, M, D) -> (B, M, D).
     With context (B, K, D), cross-attention: the tokens of x don't see each other."""
     def __init__(self, width, heads):
         super().__init__()
@@ -105,8 +105,9 @@ class Block(nn.Module):
         self.attention = Attention(width, heads)
         self.up = linear(width, 4 * width)
         self.down = linear(4 * width, width)
-        nn.init.zeros_(self.attention.out.weight)      # a block starts as the identity: the loss
-        nn.init.zeros_(self.down.weight)               # falls faster in the first steps
+        # A block starts as the identity: the loss falls faster in the first steps.
+        nn.init.zeros_(self.attention.out.weight)
+        nn.init.zeros_(self.down.weight)
 
     def forward(self, x, rotation, context=None, rotation_context=None):
         h = self.norm1(x)
@@ -121,7 +122,7 @@ class MAE(nn.Module):
 
     target: what is predicted. "raw": the signal; "window": each channel less its mean over the
     window, divided by its deviation (He et al. 2021, section 4.1, do this for each patch).
-    decoder_depth: 0 in an exported encoder. pretrain.py sets what has the name of a flag."""
+    decoder_depth: 0 for an encoder alone. pretrain.py sets arguments named as its flags."""
     def __init__(self, width, depth, heads, patch=5, sensors=2, target="raw", decoder_depth=1):
         super().__init__()
         self.patch, self.sensors, self.target = patch, sensors, target
@@ -139,17 +140,18 @@ class MAE(nn.Module):
         nn.init.normal_(self.sensor.weight, std=0.02)
         nn.init.normal_(self.mask_token.weight, std=0.02)
 
-    def streams(self, tokens, index, G):
-        """Tokens (B, K, 3P) at index (B, K) -> [(B, K, D), ...]: into, and out of, each block."""
-        stream = [self.embed(tokens) + self.sensor(index // G)]
+    def states(self, tokens, index, G):
+        """Tokens (B, K, 3P) at index (B, K) -> what enters the first block and what leaves each:
+        depth + 1 of (B, K, D)."""
+        states = [self.embed(tokens) + self.sensor(index // G)]
         rotation = rotary(index % G, self.head_width)
         for block in self.blocks:
-            stream.append(block(stream[-1], rotation))
-        return stream
+            states.append(block(states[-1], rotation))
+        return states
 
     def encode(self, tokens, index, G):
         """Visible tokens (B, K, 3P) at index (B, K) -> latents (B, K, D)."""
-        return self.norm(self.streams(tokens, index, G)[-1])
+        return self.norm(self.states(tokens, index, G)[-1])
 
     def decode(self, latents, keep, masked, G):
         """Latents (B, K, D) of the tokens `keep` -> predicted patches (B, M, 3P) at `masked`."""
@@ -161,15 +163,15 @@ class MAE(nn.Module):
             x = block(x, rotation, context, rotation_context)
         return self.predict(self.decoder_norm(x)).float()
 
-    def standards(self, x):
-        """What to subtract from windows x, then divide by, for the target: (B, C, 1) each."""
+    def mean_and_deviation(self, x):
+        """What normalises the target of windows x: (B, C, 1) each, or 0, 1."""
         if self.target == "raw":
             return 0, 1
-        return x.mean(2, keepdim=True), x.std(2, keepdim=True) + 0.1   # 0.1: a still sensor's noise
+        return x.mean(2, keepdim=True), x.std(2, keepdim=True) + 0.1   # or noise is amplified
 
     def target_of(self, x):
         """What is to be predicted of windows x: (B, C, T)."""
-        mean, deviation = self.standards(x)
+        mean, deviation = self.mean_and_deviation(x)
         return (x - mean) / deviation
 
     def predictions(self, x, keep, masked):
@@ -180,26 +182,25 @@ class MAE(nn.Module):
         return self.decode(self.encode(tokens, keep, G), keep, masked, G)
 
     def forward(self, x, keep, masked):
-        """The loss of each window x (B, C, T), (B,): mean squared error on its masked patches.
-        This is the loss that is reported (pretrain.evaluate). What training minimises is
-        pretrain.objective: an auxiliary term belongs there, and losses stay comparable."""
+        """Mean squared error on the masked patches of each window x (B, C, T): (B,). It is what is
+        reported; training minimises pretrain.objective, where an auxiliary term belongs."""
         patches = patchify(self.target_of(x), self.patch)
         truth = select(patches.flatten(1, 2), masked)                          # (B, M, 3P)
         errors = self.predictions(x, keep, masked) - truth
         return errors.square().mean((1, 2))
 
     def reconstruct(self, x, keep, masked):
-        """Windows x (B, C, T) -> the same, masked patches as predicted, nan where visible."""
+        """Windows x (B, C, T) -> (B, C, T): the predicted signal, nan where it was visible."""
         blank = torch.full_like(patchify(x, self.patch), torch.nan)            # (B, S, G, 3P)
         index = masked[..., None].expand(-1, -1, blank.shape[-1])
         predicted = self.predictions(x, keep, masked)
         tokens = blank.flatten(1, 2).scatter(1, index, predicted).view(blank.shape)
-        mean, deviation = self.standards(x)
+        mean, deviation = self.mean_and_deviation(x)
         return unpatchify(tokens, self.patch) * deviation + mean
 
     def features(self, x, sensors=None):
-        """Windows (B, C, T), of any length T -> (B, S, G, 2D) of all patches, none masked: what
-        goes into the last block, and what comes out, which by itself suits reconstruction only.
+        """Windows (B, C, T), of any length T -> (B, S, G, 2D) of all patches, none masked: the last
+        block's input beside its output, which alone suits reconstruction.
         sensors: which sensors of the model those of x are, by number; default: all."""
         tokens = patchify(x, self.patch)
         B, S, G, _ = tokens.shape
@@ -207,7 +208,7 @@ class MAE(nn.Module):
         first = torch.tensor(numbers, device=x.device)[:, None] * G            # (S, 1)
         index = first + torch.arange(G, device=x.device)                       # (S, G)
         index = index.flatten().expand(B, -1)
-        before, last = self.streams(tokens.flatten(1, 2), index, G)[-2:]
+        before, last = self.states(tokens.flatten(1, 2), index, G)[-2:]
         both = torch.cat([before, self.norm(last)], dim=-1)                    # (B, N, 2D)
         return both.view(B, S, G, -1)
 
@@ -217,27 +218,27 @@ class MAE(nn.Module):
         patches = patchify(self.target_of(x), self.patch)
         B, S, G, _ = patches.shape
         axes = patches.view(B, S, G, 3, self.patch)
-        visible = torch.zeros(B, S * G, device=x.device)
-        visible = visible.scatter_(1, keep, 1.0).view(B, S, G, 1, 1)
-        count = visible.sum((2, 4), keepdim=True) * self.patch
+        visible = torch.zeros(B, S * G, device=x.device).scatter(1, keep, 1.0)
+        visible = visible.view(B, S, G, 1, 1)
+        count = visible.sum(2, keepdim=True) * self.patch
         total = (axes * visible).sum((2, 4), keepdim=True)                     # (B, S, 1, 3, 1)
         errors = (axes - total / count.clamp(min=1)).square().view(B, S * G, -1)
         return select(errors, masked).mean((1, 2))
 
 # ---------------------------------------------------------------- size and cost
 def parameters(model):
-    """(number of all parameters, of those of the encoder with its embeddings: what is kept)."""
+    """How many parameters: (of all, of the encoder with its embeddings, which is what is kept)."""
     kept = (model.embed, model.sensor, model.blocks, model.norm)
     encoder = sum(p.numel() for part in kept for p in part.parameters())
     return sum(p.numel() for p in model.parameters()), encoder
 
 def forward_flops(model, T, mask_ratio):
-    """FLOPs of the forward pass for a window of T samples, two a multiply-add. Training costs three
-    times as much: the backward pass has two matrix products for each one here."""
+    """FLOPs of the forward pass for a window of T samples; a multiply-add is two. Training costs
+    three times as much: the backward pass has two matrix products for each one here."""
     N = model.sensors * (T // model.patch)
     M = round(N * mask_ratio)                          # masked tokens
     K = N - M
-    D, E, pixels = model.embed.out_features, DECODER_WIDTH, 3 * model.patch
+    D, E, values = model.embed.out_features, DECODER_WIDTH, 3 * model.patch
 
     def block(queries, keys, w):
         projections = 4 * (queries + keys) * w * w     # query and out; key and value
@@ -245,6 +246,6 @@ def forward_flops(model, T, mask_ratio):
         mlp = 16 * queries * w * w                     # up and down
         return projections + attention + mlp
 
-    encoder = 2 * K * pixels * D + len(model.blocks) * block(K, K, D)
-    decoder = 2 * K * D * E + len(model.decoder) * block(M, K, E) + 2 * M * E * pixels
+    encoder = 2 * K * values * D + len(model.blocks) * block(K, K, D)
+    decoder = 2 * K * D * E + len(model.decoder) * block(M, K, E) + 2 * M * E * values
     return encoder + decoder

@@ -5,7 +5,7 @@ Pre-training: one cell of the grid. Users, hours per user, architecture -> loss 
 
     python pretrain.py --data simulated --users 8 --out runs/first
 
-The learning rate falls without end, a moving average of the weights is evaluated and kept, and a
+The learning rate never stops falling, a moving average of the weights is evaluated and kept, and a
 run ends when the held-out loss has stopped improving (--patience), or at --steps. Batch and masks
 of step t are drawn from (seed, t) alone, so a run that was cut off goes on bit-identically.
 """
@@ -25,19 +25,19 @@ from data import (RATE, SENSOR_CHOICES, SENSORS, UserError, build_parser, comman
                   windows_at, write_json)
 from model import MAE, draw_masks, forward_flops, parameters
 
-HeldOut = namedtuple("HeldOut", "x keep masked person people half")            # see `held_out`
+HeldOut = namedtuple("HeldOut", "x keep masked person people half")            # see held_out
 
 # ---------------------------------------------------------------- what a cell sees
 def masks_for(x, flags, *key):
-    """Masks for windows x (B, C, T), drawn from `key` alone: keep (B, K) and masked (B, M).
-    Two callers: `batch_at` (training: other masks for each step and seed) and `held_out` (the same
-    in all cells). Another way to mask in training belongs in `batch_at`."""
-    seed = int(random_stream(*key).integers(2 ** 62))
-    tokens = x.shape[1] // 3 * (x.shape[2] // flags.patch)
+    """Masks for windows x (B, C, T), drawn from `key` alone: keep (B, K) and masked (B, M). Called
+    by batch_at, where another way to mask in training belongs, and by held_out."""
+    seed = int(random_stream(*key).integers(2 ** 62))            # NumPy seeds torch
+    tokens = x.shape[1] // 3 * (x.shape[2] // flags.patch)       # sensors x patches
     return draw_masks(len(x), tokens, flags.mask_ratio, torch.Generator().manual_seed(seed))
 
 def batch_at(step, prepared, rows, flags):
-    """The batch of `step`, drawn from the seed and the step alone: x (B, C, T), keep, masked."""
+    """The batch of `step`, drawn with replacement (there are no epochs) from the seed and the step
+    alone: x (B, C, T), keep, masked."""
     drawn = random_stream(flags.seed, "batch", step).integers(len(rows), size=flags.batch)
     x = windows_at(prepared, rows[drawn], flags.sensors)
     if flags.rotate:
@@ -46,7 +46,7 @@ def batch_at(step, prepared, rows, flags):
 
 def held_out(prepared, flags, device="cpu"):
     """The evaluation, the same for every cell: windows x (n, C, T) of people who are never trained
-    on; their masks; person (n,), an index into people; half (people,), see `cross_fitted`."""
+    on; their masks; person (n,), an index into people; half (people,), 0 or 1: see cross_fitted."""
     half_a, half_b = held_out_users(prepared.meta)
     users = half_a + half_b
     rows = held_out_windows(prepared, users, most=32)
@@ -61,10 +61,10 @@ def held_out(prepared, flags, device="cpu"):
 def orthogonal(x):
     """Matrix x (a, b), a <= b, with rows made nearly orthonormal by Newton-Schulz iteration."""
     x = x / x.norm().clamp(min=1e-7)
-    for _ in range(5):                                 # with Jordan's numbers
+    for _ in range(5):                                 # x <- (3.4445 - 4.775 g + 2.0315 g g) x
         gram = x @ x.mT
         polynomial = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
-        x = torch.addmm(x, polynomial, x, beta=3.4445)                 # 3.4445 x + polynomial x
+        x = torch.addmm(x, polynomial, x, beta=3.4445)
     return x
 
 class Muon(torch.optim.Optimizer):
@@ -74,9 +74,9 @@ class Muon(torch.optim.Optimizer):
         group = self.param_groups[0]
         for p in group["params"]:
             rows, columns = p.shape
-            average = self.state[p].setdefault("average", torch.zeros_like(p))
-            average.lerp_(p.grad, 0.05)
-            update = p.grad.lerp(average, 0.95)                                # Nesterov
+            momentum = self.state[p].setdefault("average", torch.zeros_like(p))
+            momentum.lerp_(p.grad, 0.05)
+            update = p.grad.lerp(momentum, 0.95)                               # Nesterov
             update = orthogonal(update) if rows <= columns else orthogonal(update.mT).mT
             p.mul_(1 - group["lr"] * group["weight_decay"])
             p.add_(update, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
@@ -88,7 +88,7 @@ def build_optimizers(model, lr, weight_decay):
         in_block = name.startswith(("blocks.", "decoder."))
         (matrices if in_block and p.ndim == 2 else rest).append(p)
     return [Muon(matrices, dict(lr=lr, weight_decay=weight_decay)),
-            torch.optim.AdamW(rest, 0.3 * lr, (0.9, 0.95), weight_decay=weight_decay)]
+            torch.optim.AdamW(rest, 0.3 * lr, betas=(0.9, 0.95), weight_decay=weight_decay)]
 
 def schedule(step, tau, decay):
     """Share of the peak learning rate at `step`: linear warm-up, then (1 + t / tau)^-decay."""
@@ -98,14 +98,14 @@ def schedule(step, tau, decay):
 def update_average(average, model, step, gamma):
     """Power-function average of the weights w (Karras et al. 2024, arXiv 2312.02696, section 3):
     average <- b average + (1 - b) w_t, b = (1 - 1/t)^(gamma + 1): w_s weighs about s^gamma."""
-    share = 1 - (1 - 1 / step) ** (gamma + 1)
-    torch._foreach_lerp_([*average.parameters()], [*model.parameters()], share)
+    b = (1 - 1 / step) ** (gamma + 1)
+    torch._foreach_lerp_([*average.parameters()], [*model.parameters()], 1 - b)
 
 # ---------------------------------------------------------------- the loop
 def new_state(model, flags):
     """A run between two steps: all that the next step depends on, and all that a checkpoint holds.
     best: the averaged weights at the step with the lowest held-out loss, which are the outcome;
-    train_loss: a sum since the last line of the history."""
+    train_loss: the sum of losses since the last line of the history."""
     muon, adamw = build_optimizers(model, flags.lr, flags.weight_decay)
     return SimpleNamespace(model=model, average=copy.deepcopy(model).eval(), muon=muon, adamw=adamw,
                            step=0, seconds=0.0, train_loss=0.0, history=[], best={})
@@ -118,34 +118,35 @@ def objective(model, x, keep, masked):
 def train(state, prepared, rows, held, flags):
     """Train from `state` on the windows `rows`, until the held-out loss has stopped improving or
     --steps is reached. Yields after each step: then the caller may save the state."""
-    device, began = held.x.device, time.monotonic() - state.seconds
-    flops = 3 * flags.batch * forward_flops(state.model, held.x.shape[2], flags.mask_ratio)
+    device = held.x.device
+    began = time.monotonic() - state.seconds           # as if it had never been cut off
+    step_flops = 3 * flags.batch * forward_flops(state.model, held.x.shape[2], flags.mask_ratio)
     while state.step < flags.steps and not has_converged(state.history, flags.patience):
         batch = [part.to(device) for part in batch_at(state.step, prepared, rows, flags)]
         with torch.autocast(device.type, torch.bfloat16, enabled=flags.precision == "bf16"):
             loss = objective(state.model, *batch)
         loss.backward()
+        share = schedule(state.step, flags.tau, flags.decay)
         for optimizer in (state.muon, state.adamw):
-            share = schedule(state.step, flags.tau, flags.decay)
             optimizer.param_groups[0]["lr"] = share * optimizer.defaults["lr"]
             optimizer.step()
             optimizer.zero_grad()
         state.step += 1
-        update_average(state.average, state.model, state.step, flags.average)
-        state.train_loss = state.train_loss + loss.detach()
+        update_average(state.average, state.model, state.step, gamma=flags.average)
+        state.train_loss += loss.detach()
         state.seconds = time.monotonic() - began
         if is_evaluated(state.step) or state.step == flags.steps:
-            record(state, evaluate(state.average, held), flags, flops)
+            record(state, evaluate(state.average, held), flags, step_flops)
         yield
 
-def record(state, losses, flags, flops):
+def record(state, losses, flags, step_flops):
     """Note the losses (people,) of the averaged weights, print a line, keep the best weights."""
     since = state.step - (state.history[-1]["step"] if state.history else 0)
     train_loss, loss = float(state.train_loss) / since, losses.mean().item()
     state.train_loss = 0.0
     state.history.append({
         "step": state.step, "train_loss": train_loss, "loss": loss, "people": losses.tolist(),
-        "seconds": round(state.seconds, 3), "flops": state.step * flops})
+        "seconds": round(state.seconds, 3), "flops": state.step * step_flops})
     if best_step(state.history) == state.step:
         state.best = copy.deepcopy(state.average.state_dict())
     left = state.seconds / state.step * (flags.steps - state.step)
@@ -154,10 +155,10 @@ def record(state, losses, flags, flops):
 
 # ---------------------------------------------------------------- the held-out loss, and the end
 @torch.no_grad()
-def evaluate(loss, held):
-    """The mean loss of each held-out person, (people,): equal weights. loss: as MAE.forward."""
+def evaluate(loss_of, held):
+    """The mean loss of each held-out person, (people,). loss_of: a model, or as MAE.forward."""
     chunks = zip(*[part.split(64) for part in held[:3]])                       # x, keep, masked
-    losses = torch.cat([loss(*chunk) for chunk in chunks]).cpu().double().numpy()
+    losses = torch.cat([loss_of(*chunk) for chunk in chunks]).cpu().double().numpy()
     return np.bincount(held.person, losses) / np.bincount(held.person)
 
 def is_evaluated(step):
@@ -168,16 +169,16 @@ def best_step(history):
     return min(history, key=lambda line: line["loss"])["step"]
 
 def has_converged(history, patience):
-    """Whether the held-out loss hasn't improved over the last `patience` share of the steps. Never
-    before 300: many cells learn nothing new for about 200 steps, then go on."""
+    """Whether the held-out loss hasn't improved in the last `patience` (a share) of the steps.
+    Never before 300: many cells learn nothing new for about 200 steps, then go on."""
     step = history[-1]["step"] if history else 0
     if step < 300 or not patience:                     # --patience 0: only --steps ends a run
         return False
     return best_step(history) <= (1 - patience) * step
 
 def cross_fitted(history, half):
-    """Each held-out person's loss (people,), at the evaluation that is best for the other half: the
-    lowest of many noisy losses of the same people would be too low."""
+    """Each held-out person's loss (people,), at the evaluation that is best for the *other* half:
+    at their own best it would be too low, the luckiest of many."""
     losses = np.array([line["people"] for line in history])              # (evaluations, people)
     best_of_0, best_of_1 = (losses[:, half == h].mean(1).argmin() for h in (0, 1))
     return np.where(half == 0, losses[best_of_1], losses[best_of_0])
@@ -189,11 +190,11 @@ FLAGS = {                # name: (default, range or choices, what it does)
     "data": ("simulated", str, "prepared set, or several pooled: a+b+c"),
     "users": (None, COUNT, "training users; without it, all who aren't held out"),
     "hours_per_user": (None, AMOUNT, "at most so many hours of each; without it, all"),
-    "sensors": ("both", SENSOR_CHOICES, "one: half the tokens"),
+    "sensors": ("both", SENSOR_CHOICES, "both, or one (half the tokens)"),
     "width": (64, COUNT, "parameters and time grow with its square"),
     "depth": (3, COUNT, "blocks of the encoder"),
     "heads": (4, COUNT, "the width must be a multiple of 2 x heads"),
-    "patch": (5, COUNT, "samples in a token: half as many, twice the cost"),
+    "patch": (5, COUNT, "samples in a token: halving it doubles the cost"),
     "mask_ratio": (0.75, SHARE, "share of hidden tokens: more is harder"),
     "target": ("raw", ["raw", "window"], "window: predict the signal normalised by window: better "
                "features, but losses can't be compared with those of raw"),
@@ -204,9 +205,9 @@ FLAGS = {                # name: (default, range or choices, what it does)
     "batch": (64, COUNT, "windows in an update"),
     "lr": (0.02, AMOUNT, "peak learning rate, the same for every width"),
     "weight_decay": (0.05, AMOUNT, "pull of the weights towards zero"),
-    "tau": (500, COUNT, "step at which the learning rate begins to fall"),
+    "tau": (500, COUNT, "time scale of the learning rate's fall, in steps"),
     "decay": (0.5, AMOUNT, "how fast it falls: (1 + step / tau)^-decay"),
-    "average": (7, AMOUNT, "gamma of the averaged weights: larger, shorter"),
+    "average": (7, AMOUNT, "gamma of the averaged weights: larger forgets sooner"),
     "seed": (0, number(int, 0), "draws users, windows, weights, batches, masks"),
     "precision": ("auto", ["auto", "fp32", "bf16"], "auto: bf16 if the processor has it"),
 }
@@ -229,9 +230,9 @@ def check_flags(a, prepared, held, trainable):
     require(held.x.std(2).any(), f"the held-out people of {a.data} don't move: no loss can be told")
 
 def model_arguments(settings, sensors):
-    """The arguments of MAE: every flag that has the name of one, and how many sensors there are."""
-    names = [name for name in inspect.signature(MAE).parameters if name in settings]
-    return {**{name: settings[name] for name in names}, "sensors": sensors}
+    """The arguments of MAE: every flag named as one is, but sensors: how many there are."""
+    names = inspect.signature(MAE).parameters
+    return {name: settings[name] for name in names if name in settings} | {"sensors": sensors}
 
 def choose_device(name):
     """The torch device `name`; "auto" takes a GPU if there is one."""
@@ -291,8 +292,8 @@ def read_config(run):
     return read_json(path)
 
 def check_same_run(run, before, now, done):
-    """UserError if another command made `run`: only --steps may differ, but not be below what is
-    done, and --patience be raised. A flag that the older one doesn't name had its default."""
+    """UserError if another command made `run`: --steps may be anything from what is done on, and
+    --patience be raised. A flag that the older one doesn't name had its default."""
     defaults = {name: default for name, (default, _, _) in FLAGS.items()}
     old, new = ({**defaults, **config["flags"], "fingerprint": config["fingerprint"]}
                 for config in (before, now))
@@ -308,17 +309,18 @@ def check_same_run(run, before, now, done):
 # ---------------------------------------------------------------- picture, result, the command
 @torch.no_grad()
 def draw_reconstruction(path, model, held, sensors):
-    """True and predicted signal of `sensors` (names) in held-out windows, from calm to lively."""
+    """True and predicted signal of `sensors` (names) in held-out windows, from the median on to the
+    liveliest."""
     from matplotlib.figure import Figure
     order = held.x.std(2).mean(1).argsort()
-    chosen = order[len(order) // 2::len(order) // 6]
+    chosen = order[len(order) // 2::max(1, len(order) // 6)]
     x, keep, masked = (part[chosen] for part in held[:3])
     predicted = model.reconstruct(x, keep, masked)
     figure = Figure((14, 6), layout="constrained")
     for k, axes in enumerate(figure.subplots(len(sensors), squeeze=False).flat):
         sensor = SENSORS[sensors[k]]
         for signal, width in ((x, 0.8), (predicted, 2.5)):
-            y = sensor.scale * np.hstack(signal[:, 3 * k:3 * k + 3].cpu()).T   # (3 T, 3)
+            y = sensor.scale * np.hstack(signal[:, 3 * k:3 * k + 3].cpu()).T   # (n T, 3)
             axes.set_prop_cycle(None)                  # x, y, z have the same colours again
             axes.plot(np.arange(len(y)) / RATE, y, lw=width)
         axes.set_ylabel(f"{sensors[k]} ({sensor.unit})")

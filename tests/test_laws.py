@@ -8,7 +8,7 @@ import pytest
 import data
 import fit_laws
 from conftest import read
-from fit_laws import GRID, Law, fit, grid_law, interval, lines, take, users_save, without_each
+from fit_laws import GRID, Law, equal_hours, fit, grid_law, interval, take, users_save, without_each
 
 ROOT = Path(__file__).parent.parent
 TABLES = ROOT.parent / "shared" / "tables"
@@ -65,7 +65,7 @@ def test_a_planted_law_is_found_in_any_units(unit, run):
     assert law["E"] == pytest.approx(1.8 * unit, rel=1e-3) and law["ci95"], "a constant seed is no seed"
     np.testing.assert_allclose(law["alpha"], [.35, .37], rtol=1e-3)
 
-def test_joined_factors_share_a_term_and_no_floor_is_none(run):
+def test_joined_factors_share_a_term_and_no_floor_is_none(run, refused):
     x, z = map(np.ravel, np.meshgrid([1., 2, 4, 8, 16], [1., 3, 9, 27]))
     write_table("t.csv", {"x": x, "z": z, "loss": 3 * x ** -.5 * z ** -.2})
     assert run("fit_laws.py t.csv --x x*z --no-floor --bootstrap 0 --holdout z --out out")[0] == 0
@@ -74,6 +74,7 @@ def test_joined_factors_share_a_term_and_no_floor_is_none(run):
     assert law["ci95"] is None and law["holdout"]["column"] == "z" and law["x"] == ["x", "z"]
     assert run("fit_laws.py out/laws.json --predict t.csv")[0] == 0
     assert read("out/outcome.json")["worst_relative_error"] < .001
+    refused("fit_laws.py out/laws.json --recommend --hours 20 --setup .5", "a grid's laws.json")
 
 @pytest.mark.skipif(not TABLES.is_dir(), reason="no ../shared/tables on this machine")
 def test_the_published_chinchilla_fit(run):
@@ -101,14 +102,14 @@ def test_at_equal_hours_the_slope_is_the_difference_of_the_exponents():
     table["loss"] = table["users"] ** -.3 * table["hours_per_user"] ** -.1
     table["loss"] *= table["params_encoder"] ** -.2
     table = take(table, np.random.default_rng(0).random(len(table["loss"])) < .6)
-    table["line"] = lines(table)
+    table["equal_hours"] = equal_hours(table)
     np.testing.assert_allclose(users_save(table, table["loss"]), [.2] * 3)
-    few = take(table, np.isin(table["users"], (6, 12)) & (table["line"] == table["line"][0]))
+    few = take(table, np.isin(table["users"], (6, 12)) & (table["equal_hours"] == table["equal_hours"][0]))
     assert len(users_save(take(few, few["users"] == 6), few["loss"][few["users"] == 6])) == 0
 
 def test_totals_within_5_percent_are_one_line():
     table = {"hours": np.array([1, 1.04, 1.1, 1, 2]), "params_encoder": np.array([9, 9, 9, 5, 9])}
-    first, second, third, other, twice = lines(table)
+    first, second, third, other, twice = equal_hours(table)
     assert first == second and len({first, third, other, twice}) == 4
 
 # ---------------------------------------------------------------- grids

@@ -45,7 +45,7 @@ def test_a_reconstruction_predicts_what_is_hidden_in_the_units_of_the_signal(tar
     again = model.reconstruct(x, keep, masked)
     hidden, batch = patchify(again, 5).flatten(1, 2), torch.arange(4)[:, None]
     assert hidden[batch, keep].isnan().all() and not hidden[batch, masked].isnan().any()
-    mean, deviation = model.standards(x)
+    mean, deviation = model.mean_and_deviation(x)
     error = (again - x).square() / deviation ** 2 if target == "window" else (again - x).square()
     error = patchify(error, 5).flatten(1, 2)[batch, masked].mean((1, 2))
     torch.testing.assert_close(error, model(x, keep, masked))
