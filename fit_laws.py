@@ -516,8 +516,8 @@ def users_or_hours(table):
     runs = main_model(table)
     for number in {*runs["equal_hours"]}:
         cells = take(runs, runs["equal_hours"] == number)
-        means = [cells["loss"][cells["users"] == few].mean() for few in np.unique(cells["users"])]
-        won += (np.diff(means) < 0).tolist()
+        logs = [np.log(cells["loss"][cells["users"] == n]).mean() for n in np.unique(cells["users"])]
+        won += (np.diff(logs) < 0).tolist()
     positive = sum(bool(gain > 0) for gain in each)
     text = (f"At equal hours in all, more people, recorded for less time each, had the lower loss "
             f"in {sum(won)} of {len(won)} pairs of settings, and for {positive} of {len(each)} "
