@@ -282,7 +282,7 @@ def read_grid(path):
 def grid_ranges(table):
     """Of the numbers that this grid has settings for; none if it has too few for a law."""
     users, times, sizes = (len({*table[x]}) for x in SETTINGS)
-    names = "ERAa" + "h" * (times > 1) + "Bc" * (sizes > 2)
+    names = "ERAa" + "h" * (times > 1) + "Bc" * (sizes > 2)      # a letter is a number's name
     data = {*zip(table["users"], table["hours_per_user"])}
     enough = users > 2 and len(data) > 4 + (times > 1)           # more than E, R, A, a and h
     return {name: GRID[name] for name in names} if enough else {}

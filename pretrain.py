@@ -276,14 +276,15 @@ def resume(run, state, config):
         before = read_config(run)
         check_same_run(run, before, config, content.get("step", 0))
         config["provenance"] = before["provenance"]    # of the code that began it
-    if "optimizers" in content:                        # a run of before December 2026
-        content["muon"], content["adamw"] = content.pop("optimizers")
-    for name, saved in content.items():
-        part = getattr(state, name)
-        if hasattr(part, "load_state_dict"):
-            part.load_state_dict(saved)
-        else:
-            setattr(state, name, saved)
+    try:
+        for name, saved in content.items():
+            part = getattr(state, name)
+            if hasattr(part, "load_state_dict"):
+                part.load_state_dict(saved)
+            else:
+                setattr(state, name, saved)
+    except (RuntimeError, ValueError, AttributeError, LookupError):
+        raise UserError(f"{run} was made by other code than this: choose another --out") from None
 
 def read_config(run):
     """The config.json of a run. Raises UserError if `run` is not a run."""
@@ -304,7 +305,7 @@ def check_same_run(run, before, now, done):
     changed = ", ".join(f"{name} {old.get(name)} -> {new.get(name)}" for name in {**old, **new}
                         if old.get(name) != new.get(name))
     require(not changed, f"{run} holds {done} steps of another run ({changed}): choose another "
-            "--out, or delete that folder; only --steps and --patience may be raised")
+            "--out, or delete that folder")
 
 # ---------------------------------------------------------------- picture, result, the command
 @torch.no_grad()

@@ -45,7 +45,7 @@ def studied(rng, formula, true, table):
     run = far * np.exp(.022 * rng.normal() + .017 * rng.normal())
     ends = interval(slopes.mean(), without_each(slopes))
     slope = users_save(table, formula(table, **true)).mean()
-    holds = {name: (first["ci95"][name], true.get(name)) for name in GRID} | {
+    holds = {name: (ends, true.get(name)) for name, ends in first["ci95"].items()} | {
         "96 users": (np.exp(interval(whole, others)), far),
         "a run of 96": (fit_laws.expected(first, grid_law, FAR)[1][:, 0], run),
         "slope": (ends, slope)}

@@ -8,7 +8,7 @@ import pytest
 import data
 import fit_laws
 from conftest import read
-from fit_laws import GRID, Law, equal_hours, fit, grid_law, interval, take, users_save, without_each
+from fit_laws import Law, equal_hours, fit, grid_law, interval, take, users_save, without_each
 
 ROOT = Path(__file__).parent.parent
 TABLES = ROOT.parent / "shared" / "tables"
@@ -52,7 +52,8 @@ def write_runs(table):
 
 # ---------------------------------------------------------------- the fit
 def test_a_planted_grid_law_is_found():
-    found = fit(Law(grid_law, GRID, 1e9), grid(noise=0), "loss")
+    table = grid(noise=0)
+    found = fit(Law(grid_law, fit_laws.grid_ranges(table), 1e9), table, "loss")
     assert found == pytest.approx(TRUE, rel=1e-3)
 
 @pytest.mark.parametrize("unit", [1e-9, 1e9])

@@ -111,4 +111,4 @@ def test_the_usage_that_the_file_opens_with_runs_and_says_true_shapes():
     exec("\n".join(line.strip() for line in usage), names)
     assert names["loss"].shape == (8,) and names["features"].shape == (8, 2, 40, 128)
     total, encoder = parameters(MAE(16, 2, 2))
-    assert (round(total, -3), round(total - encoder, -3)) == (58_000, 51_000)
+    assert (total, total - encoder) == (pytest.approx(58_000, rel=.02), pytest.approx(51_000, rel=.02))

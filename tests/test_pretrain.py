@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import data
+import model
 import pretrain
 from conftest import read
 from finetune import load_run
@@ -195,6 +196,11 @@ def test_a_flag_that_changes_the_model_cannot_be_forgotten(run, refused, monkeyp
     assert read("runs/new/config.json")["model"]["extra"] == 7
     assert read("runs/new/result.json")["params"] == params + 7
     refused(cell.replace("extra", "new"), "extra 7 -> 0")
+
+def test_a_run_of_another_model_is_refused(run, refused, monkeypatch):
+    assert run(f"{CELL} --steps 2 --out runs/was")[0] == 0
+    monkeypatch.setattr(model, "linear", lambda inputs, outputs: torch.nn.Linear(inputs, outputs))
+    refused(f"{CELL} --steps 2 --out runs/was", "made by other code")
 
 def test_a_flag_that_an_old_run_does_not_name_had_its_default(run, refused):
     cell = f"{TINY} --users 3 --steps 20 --out runs/old"
