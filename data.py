@@ -117,11 +117,11 @@ def resample(t, x, start, n):
     return scipy.signal.resample_poly(spline(grid), 1, k, window=low_pass, padtype="antireflect")
 
 def cut(recordings, length):
-    """Recordings (user, label, streams), a stream (t, x) for each clock -> windows (n, C, length),
-    a row for each (user, label, is it the first of its stretch), and the account, a Counter of
-    seconds by reason: recorded = in windows + left out; what begins with "mended" was kept.
-    A float in place of the streams is seconds for the account."""
-    windows, rows, account = [np.empty((0, 0, length), np.float16)], [], Counter()
+    """Recordings (user, label, streams), a stream (t, x) for each clock -> windows, arrays
+    (n, C, length), a row (user, label) for each window, and the account, a Counter of seconds by
+    reason: recorded = in windows + left out; what begins with "mended" was kept. A float in place
+    of the streams is seconds for the account."""
+    windows, rows, account = [], [], Counter()
     for user, label, streams in recordings:
         if isinstance(streams, float):
             account[label] += streams
@@ -136,16 +136,16 @@ def cut(recordings, length):
             if n >= length:
                 x = np.hstack([resample(t, x, start, n) for t, x in pair])           # (n, C)
                 x = x[:n // length * length].reshape(n // length, length, -1)
-                x = x.transpose(0, 2, 1).astype(np.float16) + np.float16(0)          # -0 -> 0:
+                x = x.transpose(0, 2, 1).astype(np.float16, "C") + np.float16(0)     # -0 -> 0:
                 windows.append(x)                  # its sign would depend on the processor
-                rows += [(user, label, i == 0) for i in range(len(x))]
+                rows += [(user, label)] * len(x)
                 whole += len(x) * length / RATE
                 own["ends of stretches"] += max(0, span - len(x) * length / RATE)
             else:
                 own["stretches shorter than a window"] += span
         own["one sensor without the other"] = max(0, recorded - whole - left_out(own))
         account += own
-    return np.concatenate(windows[len(rows) > 0:]), rows, account
+    return windows, rows, account
 
 # ---------------------------------------------------------------- who is held out, who is drawn
 def held_out_users(meta):
@@ -199,8 +199,9 @@ WISDM_ZIP = UCI + "507/wisdm+smartphone+and+smartwatch+activity+and+biometrics+d
 EXTRASENSORY = "http://extrasensory.ucsd.edu/data/raw_measurements/ExtraSensory.raw_measurements."
 MOTIONSENSE = "https://github.com/mmalekzadeh/motion-sense/raw/master/data/A_DeviceMotion_data.zip"
 SOURCES = {
-    "simulated": Source("a simulated population"),
-    "folder": Source("own recordings: a folder with one .npz or .csv per user"),
+    "simulated": Source("a simulated population", r"(?P<part>\d+)"),
+    "folder": Source("own recordings: a folder with one .npz or .csv per user",
+                     r"(?i:(?P<part>[^/]+)\.(csv|npz))$"),
     "ucihar": Source(
         "UCI HAR (Anguita 2013): 30 users, phone at the waist, 50 Hz, 2.56 s",
         r"/(?P<part>train|test)/.*\.txt$",
@@ -228,7 +229,6 @@ SOURCES = {
         r"Subject(?P<part>\d+)/(?P<label>a\d+)t\d+\.mat$",
         ("https://sipi.usc.edu/had/USC-HAD.zip",), rate=100),
 }
-OWN = (".csv", ".npz")                             # the endings of own recordings
 
 # ---------------------------------------------------------------- what all commands share
 class UserError(Exception):
@@ -416,7 +416,8 @@ NO_LABEL = "-1,none,na,n/a,nan,null,unknown,undefined,unlabelled,unlabeled,no la
 def folder(user, names, read, settings):
     """A .npz with signal (n, 6) or (n, 3), rate (5 to 900 Hz) and, if you like, segment and label
     (n,); or a .csv with the columns t,ax,ay,az[,gx,gy,gz][,label], t in seconds."""
-    path = names[0]
+    require(len(names) == 1, f"{user} is there as .csv and as .npz; keep one")
+    path = Path(names[0])
     fields = np.load(path) if path.suffix.lower() == ".npz" else read_csv(path)
     x = fields["signal"].astype(float)
     t = fields["t"] if "t" in fields else np.arange(len(x)) / fields["rate"].item()
@@ -580,30 +581,31 @@ def open_zips(paths):
     for path in paths:
         try:
             outer = zipfile.ZipFile(path)
-            inner = [name for name in outer.namelist() if name.endswith(".zip")]
-            zips = [outer, *(zipfile.ZipFile(io.BytesIO(outer.read(name))) for name in inner)]
+            inner = [io.BytesIO(outer.read(name)) for name in outer.namelist() if name[-4:] == ".zip"]
+            for archive in [outer, *map(zipfile.ZipFile, inner)]:
+                files |= dict.fromkeys(archive.namelist(), archive)
         except Exception as error:
             raise UserError(f"{path} can't be read as a zip ({error}): replace the file") from None
-        files |= {name: file for file in zips for name in file.namelist()}
     return files
 
-def parts_of(archives, raw, settings):
+def parts_of(settings, raw, archives=()):
     """{part: names of its files}, sorted; a part is read on its own, and is usually one user."""
-    what, limit, parts = settings["source"], settings["limit_users"], {}
-    if what == "simulated":
-        parts = {f"{user:03d}": [] for user in range(settings["users"])}
-    if what == "folder":
-        files = [path for path in Path(raw).glob("[!.]*") if path.suffix.lower() in OWN]
-        parts = {path.stem: [path] for path in files}
-        require(len(parts) == len(files), f"--raw {raw} has a user as .csv and as .npz; keep one")
-    for name in open_zips(archives):
-        if match := re.search(SOURCES[what].members, name):
-            parts.setdefault(match["part"].zfill(2), []).append(name)
+    what, parts = settings["source"], defaultdict(list)
+    source = SOURCES[what]
+    names = open_zips(archives)
     open_zips.cache_clear()                        # each process opens the archives for itself
-    require(parts, f"--raw {raw} holds nothing that can be read as {SOURCES[what].text}: check it")
-    return dict(sorted(parts.items())[:limit if what != "ucihar" else None])   # (train and test)
+    if what == "simulated":
+        names = [f"{user:03d}" for user in range(settings["users"])]
+    elif what == "folder":
+        names = [str(path) for path in Path(raw).glob("[!.]*")]
+    for name in names:
+        if match := re.search(source.members, name):
+            parts[match["part"].zfill(2 if source.rate else 0)].append(name)
+    require(parts, f"--raw {raw} holds nothing that can be read as {source.text}: check it")
+    most = settings["limit_users"] if what != "ucihar" else None               # (train and test)
+    return dict(sorted(parts.items())[:most])
 
-def read_part(archives, settings, part, names):
+def read_part(settings, archives, part, names):
     """Read and cut one part, in a process of its own."""
     source, files, opened = SOURCES[settings["source"]], open_zips(archives), [part, *names[:1]]
     parser = files_of if source.rate else globals()[settings["source"].split("_")[0]]
@@ -625,20 +627,18 @@ def read_all(settings, raw):
     for path, url in zip(archives, source.archives):
         if not path.is_file():
             download(url, path)
-    parts, account = parts_of(archives, raw, settings), Counter()
-    windows, rows, empty = [], [], []
-    read = functools.partial(read_part, archives, settings)
+    parts = parts_of(settings, raw, archives)
+    windows, rows, account, empty = [], [], Counter(), []
+    read = functools.partial(read_part, settings, archives)
     import scipy.interpolate, scipy.signal         # once, before the processes are forked
     with ProcessPoolExecutor() as pool:
         for part, (own, own_rows, seconds) in zip(parts, pool.map(read, parts, parts.values())):
-            said = "; ".join([f"{part}: {len(own)} windows", *lines(seconds)])
+            said = "; ".join([f"{part}: {len(own_rows)} windows", *lines(seconds)])
             print(said, file=sys.stderr)
+            windows += own
             rows += own_rows
-            account += Counter({why: round(float(n), 2) for why, n in seconds.items()})
-            if len(own):
-                windows.append(own)
-            else:
-                empty.append(said)
+            account += seconds
+            empty += [] if own else [said]
     require(windows and not (empty and settings["source"] == "folder"),
             f"no {source.seconds} s of motion in a stretch, drop: {', '.join(empty)}")
     require(len({own.shape[1] for own in windows}) == 1,
@@ -648,39 +648,35 @@ def read_all(settings, raw):
 def lines(account):
     return [f"{reason} {seconds:.2f} s" for reason, seconds in account.items() if seconds >= 0.01]
 
-def write_set(name, settings, raw, out):
-    """The files of a prepared set, in the folder `out`."""
+def read_set(name, settings, raw):
+    """A set, read from its archives or files: a Prepared."""
     what, source = settings["source"], SOURCES[settings["source"]]
     windows, rows, account = read_all(settings, raw)
-    users, labels, first = zip(*rows)
-    names = sorted({*users}, key=int) if what == "ucihar" else list(dict.fromkeys(users))
-    classes = list(source.classes) or sorted({*labels} - {""})
+    names = sorted({user for user, _ in rows}, key=int if what == "ucihar" else str)
+    classes = list(source.classes) or sorted({label for _, label in rows} - {""})
     codes = {"": -1} | {label: i for i, label in enumerate(classes)}
-    arrays = {"windows": windows, "users": np.array([names.index(user) for user in users]),
-              "labels": np.array([codes[label] for label in labels])}
-    for part, array in arrays.items():
-        np.save(out / f"{part}.npy", array)
-    firsts = [windows[np.array(first) & (arrays["users"] == user)][:64]
-              for user in range(len(names))]
-    checksums = [[hashlib.sha256(x).hexdigest()[:12] for x in own] for own in firsts]
+    users = np.array([names.index(user) for user, _ in rows])
+    labels = np.array([codes[label] for _, label in rows])
+    # The same recordings have the same smallest hashes, whatever else is in their file.
+    checksums = [sorted({hashlib.sha256(x).hexdigest()[:12] for x in windows[users == user]})[:64]
+                 for user in range(len(names))]
     own = {"folder": name, "simulated": f"simulated-{settings.get('seed')}"}
-    sources = [own.get(what, what.split("_")[0])] * len(names)   # WISDM's sets: the same people
-    if all(user.find("_") > 0 for user in names):
-        sources = [user.split("_")[0] for user in names]
-    if settings.get("own_source"):
-        sources = [settings["own_source"]] * len(names)
-    write_json(out / "meta.json", {
+    whose = settings.get("own_source") or own.get(what, what.split("_")[0])    # WISDM's: the same
+    named = all(user.find("_") > 0 for user in names) and not settings.get("own_source")
+    account = {why: round(float(n), 2) for why, n in account.items()}
+    return Prepared(windows, users, labels, {
         "name": name, "rate": RATE, "seconds": source.seconds,
-        "channels": CHANNELS[:windows.shape[1]], "users": names, "sources": sources,
+        "channels": CHANNELS[:windows.shape[1]], "users": names,
+        "sources": [user.split("_")[0] if named else whose for user in names],
         "classes": classes, "windows": len(rows), "hours": len(rows) * source.seconds / 3600,
         "left_out": {why: n for why, n in account.items() if not why.startswith("mended")},
         "mended": {why: n for why, n in account.items() if why.startswith("mended")},
-        "remarks": [*remarks(names, windows, arrays["users"]), *same_recordings(names, checksums),
+        "remarks": [*remarks(names, windows, users), *same_recordings(names, checksums),
                     *folder_remarks(what, names, raw)],
         "origin": "; ".join([source.text, *source.archives]),
         "test_users": [user for user in names if user in source.test_users] or None,
-        "checksums": checksums,
-        "settings": settings, "provenance": provenance(), "fingerprint": fingerprint(**arrays)})
+        "checksums": checksums, "settings": settings, "provenance": provenance(),
+        "fingerprint": fingerprint(windows, users, labels)})
 
 def remarks(names, windows, users):
     """What to look at before anyone trains: sentences."""
@@ -709,7 +705,8 @@ def folder_remarks(what, names, raw):
     """Of own recordings: files that aren't read, and names that look like sessions of a person."""
     if what != "folder":
         return []
-    others = [path.name for path in Path(raw).glob("[!.]*") if path.suffix.lower() not in OWN]
+    others = [path.name for path in Path(raw).glob("[!.]*")
+              if not re.search(SOURCES[what].members, str(path))]
     said = [f"not read, no .csv or .npz: {', '.join(sorted(others))}"] if others else []
     stems = Counter(re.split(r"[-_. ]|(?<=\d)(?=[a-zA-Z])", name)[0] for name in names)
     few = max(stems.values()) < 8 or re.search(r"\d", "".join(stems))     # else sources, with users
@@ -722,21 +719,24 @@ def folder_remarks(what, names, raw):
 def prepare(name, settings, raw, force=False):
     """Make data/NAME/ unless it has the same settings; an old set stays until the new is whole."""
     target = Path("data") / name
-    if settings["source"] == "folder":
-        files = parts_of((), raw, settings).items()
-        settings["recordings"] = {user: zlib.crc32(path.read_bytes()) for user, [path] in files}
     require(not target.exists() or (target / "meta.json").is_file(),
             f"{target} is no data set and is left as it is: delete it or give another --name")
+    if settings["source"] == "folder":
+        settings["recordings"] = {user: zlib.crc32(Path(file).read_bytes())
+                                  for user, [file, *_] in parts_of(settings, raw).items()}
     if target.exists() and not force:
         made = load_one(name).meta["settings"]
         differ = [key for key in made | settings if made.get(key) != settings.get(key)]
         require(not differ, f"{target} differs in {', '.join(differ)}: give --name or --force")
         return print("prepared already:", describe(name))
+    *arrays, meta = read_set(name, settings, raw)
     target.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}.", dir="data") as work:
         made = Path(work) / "made"
         made.mkdir()
-        write_set(name, settings, raw, made)
+        for part, array in zip(Prepared._fields, arrays):
+            np.save(made / f"{part}.npy", array)
+        write_json(made / "meta.json", meta)
         if target.exists():
             target.rename(Path(work) / "replaced")
         made.rename(target)
