@@ -42,7 +42,8 @@ def mean_step(t):
     lag = max(1, min(256, len(t) // 4))
     lags = t[lag:] - t[:-lag]
     typical = np.median(lags)
-    return np.mean(lags[np.abs(lags - typical) <= abs(typical) / 2]) / lag
+    step = np.mean(lags[np.abs(lags - typical) <= abs(typical) / 2]) / lag
+    return step if step > 0 else np.ptp(t) / len(t)
 
 def in_order(t):
     """The rows (n,) of stamps t (n,) in order of time, if that is unambiguous: sorting leaves fewer
@@ -53,12 +54,9 @@ def in_order(t):
     return order if mends else np.arange(len(t))
 
 def clock(t):
-    """Stamps t (n,) -> times (n,), seconds a row, were they spread evenly, and why each row is
-    dropped ("": it isn't). Stamps that come in bursts, or were rounded, are spread by a mean over
-    10 s."""
+    """Stamps t (n,) -> times (n,), seconds a row, and why each row is dropped ("": it isn't).
+    Stamps that come in bursts, or were rounded, are spread evenly: by a mean over 10 s."""
     t, steps, step = t.copy(), np.diff(t), mean_step(t)
-    if step <= 0:
-        step = np.ptp(t) / len(t)
     burst = steps < min(step / 4, 0.004)           # no body sensor takes rows so fast
     uneven = burst.mean() > 0.05
     pause = np.median(steps[~burst]) if uneven else 0                          # between bursts
@@ -74,34 +72,34 @@ def clock(t):
             pace = np.diff(t[rows])
             if pace.max() > 1.5 * pace.min():
                 why[rows] = f"stamps of no steady rate (about {1 / step:.0f} rows a second)"
-    return t, step, uneven, why
+    return t, step, why
 
 def stretches(t, x, first):
     """Stamps t (n,) in s and readings x (n, C), of SENSORS from the number `first` on ->
-    [(t, x), ...] whose stamps rise without a gap, seconds a row, and the account (see `cut`) with
-    the seconds that were recorded."""
+    [(t, x), ...] whose stamps rise without a gap, seconds a row, and two Counters by reason: the
+    seconds left out, with those recorded, and the rows that were mended."""
     known = np.flatnonzero(np.isfinite(t))
     if len(known) < 2 or np.ptp(t[known]) == 0:
-        return [], 0, Counter({name: len(t) / RATE for name in ("recorded", "no stamps")})
-    t = np.interp(np.arange(len(t)), known, t[known])
-    order = in_order(t)
-    t, step, uneven, why = clock(t[order])
-    x = x[order]
+        return [], 0, Counter({name: len(t) / RATE for name in ("recorded", "no stamps")}), Counter()
+    stamps = np.interp(np.arange(len(t)), known, t[known])
+    order = in_order(stamps)
+    x, stamps = x[order], stamps[order]
+    t, step, why = clock(stamps)
     why[(why == "") & no_reading(x, first, step)] = "no reading"
     kept = np.flatnonzero(why == "")
     steps = np.diff(t[kept])
     parts = np.split(kept, np.flatnonzero((steps <= 0) | (steps > GAP)) + 1) if len(kept) else []
+    dropped = Counter(why[why != ""])
     for rows in parts:
-        inside = why[rows[0]:rows[-1]]             # a view
-        inside[inside != ""] = "mended: bridged over " + inside[inside != ""]
-    account = Counter({reason: n * step for reason, n in Counter(why[why != ""]).items()})
-    account["recorded"] = left_out(account) + sum(t[rows[-1]] - t[rows[0]] + step for rows in parts)
-    account["mended: stamps in bursts, or rounded, spread evenly"] = uneven * len(t) * step
-    account["mended: rows out of order, sorted"] = np.any(np.diff(order) < 0) * len(t) * step
-    return [(t[rows], x[rows]) for rows in parts], step, account
-
-def left_out(account):
-    return sum(n for reason, n in account.items() if not reason.startswith("mended"))
+        why[rows[0]:rows[-1]] = ""                 # what a stretch lacks inside is bridged over
+    lost = Counter(why[why != ""])
+    mended = Counter({f"bridged over {reason}": n for reason, n in (dropped - lost).items()})
+    mended["rows out of order, sorted"] = len(t) * (np.diff(order) < 0).any()
+    mended["stamps in bursts, or rounded, spread evenly"] = len(t) * (t != stamps).any()
+    left_out = Counter({reason: n * step for reason, n in lost.items()})
+    spans = sum(t[rows[-1]] - t[rows[0]] + step for rows in parts)
+    left_out["recorded"] = sum(left_out.values()) + spans
+    return [(t[rows], x[rows]) for rows in parts], step, left_out, mended
 
 # ---------------------------------------------------------------- a clock to windows
 def resample(t, x, start, n):
@@ -118,34 +116,36 @@ def resample(t, x, start, n):
 
 def cut(recordings, length):
     """Recordings (user, label, streams), a stream (t, x) for each clock -> windows, arrays
-    (n, C, length), a row (user, label) for each window, and the account, a Counter of seconds by
-    reason: recorded = in windows + left out; what begins with "mended" was kept. A float in place
-    of the streams is seconds for the account."""
-    windows, rows, account = [], [], Counter()
-    for user, label, streams in recordings:
-        if isinstance(streams, float):
-            account[label] += streams
+    (n, C, length), a row (user, label) for each window, and two Counters by reason: the seconds
+    left out (recorded = in windows + left out), and the rows that were mended. A Counter in place
+    of a recording is what its parser mended."""
+    windows, rows, left_out, mended = [], [], Counter(), Counter()
+    for recording in recordings:
+        if isinstance(recording, Counter):
+            mended += recording
             continue
-        found, steps, own = zip(*[stretches(*stream, i) for i, stream in enumerate(streams)])
-        own = functools.reduce(operator.or_, own)              # of two clocks, the larger number
+        user, label, streams = recording
+        found = [stretches(*stream, i) for i, stream in enumerate(streams)]
+        parts, steps, lost, notes = zip(*found)
+        mended += sum(notes, Counter())
+        own = functools.reduce(operator.or_, lost)             # of two clocks, the larger number
         recorded, whole = own.pop("recorded", 0), 0
-        for pair in itertools.product(*found):
+        for pair in itertools.product(*parts):
             start, end = max(t[0] for t, _ in pair), min(t[-1] for t, _ in pair)
-            span = max(0, end - start + max(steps))
             n = max(0, math.floor((end - start) * RATE + 1e-6) + 1)
-            if n >= length:
+            count = n // length
+            if count:
                 x = np.hstack([resample(t, x, start, n) for t, x in pair])           # (n, C)
-                x = x[:n // length * length].reshape(n // length, length, -1)
-                x = x.transpose(0, 2, 1).astype(np.float16, "C") + np.float16(0)     # -0 -> 0:
-                windows.append(x)                  # its sign would depend on the processor
-                rows += [(user, label)] * len(x)
-                whole += len(x) * length / RATE
-                own["ends of stretches"] += max(0, span - len(x) * length / RATE)
-            else:
-                own["stretches shorter than a window"] += span
-        own["one sensor without the other"] = max(0, recorded - whole - left_out(own))
-        account += own
-    return windows, rows, account
+                x = x[:count * length].reshape(count, length, -1).transpose(0, 2, 1)
+                windows.append(x.astype(np.float16, "C") + np.float16(0))    # -0 -> 0: its sign
+                rows += [(user, label)] * count                  # would depend on the processor
+            why = "ends of stretches" if count else "stretches shorter than a window"
+            seconds = count * length / RATE
+            own[why] += max(0, end - start + max(steps) - seconds)
+            whole += seconds
+        own["one sensor without the other"] = max(0, recorded - whole - sum(own.values()))
+        left_out += own
+    return windows, rows, left_out, mended
 
 # ---------------------------------------------------------------- who is held out, who is drawn
 def held_out_users(meta):
@@ -433,11 +433,9 @@ def folder(user, names, read, settings):
     require(unit, f"{path}: t grows by {step:.3g} a row, in none of {[*TIME_UNITS]} 5 to 900 Hz")
     second = TIME_UNITS[unit[0]]
     spelled = one_spelling(label)
-    mended = {f"t read as {unit[0]}": len(t) * (second != 1),
-              "rows out of order, sorted": len(t) * (np.diff(rows) < 0).any(),
-              "other spellings of a label": np.sum((spelled != label) & (spelled != ""))}
-    for what, n in mended.items():
-        yield user, f"mended: {what}", float(n * step * second)
+    yield Counter({f"t read as {unit[0]}": len(t) * (second != 1),
+                   "rows out of order, sorted": len(t) * (np.diff(rows) < 0).any(),
+                   "other spellings of a label": np.sum((spelled != label) & (spelled != ""))})
     ends = (segment[rows][1:] != segment[rows][:-1]) | (spelled[rows][1:] != spelled[rows][:-1])
     for rows in np.split(rows, np.flatnonzero(ends) + 1):
         yield user, spelled[rows[0]], [(t[rows] * second, x[rows])]
@@ -621,37 +619,38 @@ def read_part(settings, archives, part, names):
         raise UserError(f"{opened[-1]} can't be read ({error}); wanted: {wanted}") from None
 
 def read_all(settings, raw):
-    """Fetch the archives, read their parts in parallel: windows (n, C, T), rows, the account."""
+    """Fetch the archives, read their parts in parallel, say what became of each: see `cut`."""
     source = SOURCES[settings["source"]]
     archives = tuple(Path(raw) / url.split("/")[-1] for url in source.archives)
     for path, url in zip(archives, source.archives):
         if not path.is_file():
             download(url, path)
-    parts = parts_of(settings, raw, archives)
-    windows, rows, account, empty = [], [], Counter(), []
+    parts, empty = parts_of(settings, raw, archives), []
+    windows, rows, left_out, mended = [], [], Counter(), Counter()
     read = functools.partial(read_part, settings, archives)
     import scipy.interpolate, scipy.signal         # once, before the processes are forked
     with ProcessPoolExecutor() as pool:
-        for part, (own, own_rows, seconds) in zip(parts, pool.map(read, parts, parts.values())):
-            said = "; ".join([f"{part}: {len(own_rows)} windows", *lines(seconds)])
+        for part, own in zip(parts, pool.map(read, parts, parts.values())):
+            said = "; ".join([f"{part}: {len(own[1])} windows", *lines(*own[2:])])
             print(said, file=sys.stderr)
-            windows += own
-            rows += own_rows
-            account += seconds
-            empty += [] if own else [said]
+            windows, rows = windows + own[0], rows + own[1]
+            left_out, mended = left_out + own[2], mended + own[3]
+            empty += [] if own[0] else [said]
     require(windows and not (empty and settings["source"] == "folder"),
             f"no {source.seconds} s of motion in a stretch, drop: {', '.join(empty)}")
     require(len({own.shape[1] for own in windows}) == 1,
             "some users have both sensors, some have one; keep them apart")
-    return np.concatenate(windows), rows, account
+    return np.concatenate(windows), rows, left_out, mended
 
-def lines(account):
-    return [f"{reason} {seconds:.2f} s" for reason, seconds in account.items() if seconds >= 0.01]
+def lines(left_out, mended):
+    """What was left out, and what was mended, in words."""
+    return [*(f"left out: {why} {n:.2f} s" for why, n in left_out.items() if n >= 0.01),
+            *(f"mended: {why} ({n} rows)" for why, n in mended.items())]
 
 def read_set(name, settings, raw):
     """A set, read from its archives or files: a Prepared."""
     what, source = settings["source"], SOURCES[settings["source"]]
-    windows, rows, account = read_all(settings, raw)
+    windows, rows, left_out, mended = read_all(settings, raw)
     names = sorted({user for user, _ in rows}, key=int if what == "ucihar" else str)
     classes = list(source.classes) or sorted({label for _, label in rows} - {""})
     codes = {"": -1} | {label: i for i, label in enumerate(classes)}
@@ -663,24 +662,22 @@ def read_set(name, settings, raw):
     own = {"folder": name, "simulated": f"simulated-{settings.get('seed')}"}
     whose = settings.get("own_source") or own.get(what, what.split("_")[0])    # WISDM's: the same
     named = all(user.find("_") > 0 for user in names) and not settings.get("own_source")
-    account = {why: round(float(n), 2) for why, n in account.items()}
     return Prepared(windows, users, labels, {
         "name": name, "rate": RATE, "seconds": source.seconds,
         "channels": CHANNELS[:windows.shape[1]], "users": names,
         "sources": [user.split("_")[0] if named else whose for user in names],
         "classes": classes, "windows": len(rows), "hours": len(rows) * source.seconds / 3600,
-        "left_out": {why: n for why, n in account.items() if not why.startswith("mended")},
-        "mended": {why: n for why, n in account.items() if why.startswith("mended")},
-        "remarks": [*remarks(names, windows, users), *same_recordings(names, checksums),
-                    *folder_remarks(what, names, raw)],
+        "left_out": {why: round(float(n), 2) for why, n in left_out.items()},
+        "mended_rows": {why: int(n) for why, n in mended.items()},
+        "remarks": remarks(names, windows, users, checksums) + folder_remarks(what, names, raw),
         "origin": "; ".join([source.text, *source.archives]),
         "test_users": [user for user in names if user in source.test_users] or None,
         "checksums": checksums, "settings": settings, "provenance": provenance(),
         "fingerprint": fingerprint(windows, users, labels)})
 
-def remarks(names, windows, users):
+def remarks(names, windows, users, checksums):
     """What to look at before anyone trains: sentences."""
-    found = defaultdict(list)
+    found, owners = defaultdict(list), defaultdict(list)
     for user, name in enumerate(names):
         x = windows[users == user].astype(np.float32)                          # (n, C, T)
         moves = x.std(2) / SCALE[:x.shape[1], 0]
@@ -690,16 +687,12 @@ def remarks(names, windows, users):
             found["hardly moves: was it worn?"].append(name)
         if np.median(np.linalg.norm(x[:, :3].mean(2), axis=1)) < 0.5:
             found["gravity is missing, which encoders expect"].append(name)
+        for checksum in checksums[user]:
+            owners[checksum].append(name)
+    for who in owners.values():
+        if len(who) > 1:
+            found["the same recording: leave one out, or it is trained on and tested"] = who
     return [f"{what}: {', '.join(who)}" for what, who in found.items()]
-
-def same_recordings(names, checksums):
-    owners = defaultdict(dict)
-    for name, own in zip(names, checksums):
-        for one in own:
-            owners[one][name] = True
-    twice = dict.fromkeys(" and ".join(who) for who in owners.values() if len(who) > 1)
-    return [f"the same recording of {who}: leave one out, or it is trained on and tested"
-            for who in twice]
 
 def folder_remarks(what, names, raw):
     """Of own recordings: files that aren't read, and names that look like sessions of a person."""
@@ -775,7 +768,7 @@ def load_one(name, root="data"):
         meta = json.loads((folder / "meta.json").read_text())
         arrays = [np.load(folder / f"{part}.npy", mmap_mode="r") for part in Prepared._fields[:3]]
         if fingerprint(*arrays) == meta["fingerprint"]:
-            unknown = {"checksums": [[]] * len(meta["users"]), "mended": {}, "remarks": []}
+            unknown = {"checksums": [[]] * len(meta["users"]), "mended_rows": {}, "remarks": []}
             return Prepared(*arrays, unknown | meta)                           # of an older set
     raise UserError(f"{folder} is damaged or was changed; prepare the set again with --force")
 
@@ -827,10 +820,9 @@ def describe(name):
     size = f"{len(meta['users'])} users, {meta['hours']:.2f} hours, {meta['windows']} windows"
     counts = np.bincount(labels + 1, minlength=len(meta["classes"]) + 1)
     classes = [f"{label} {n}" for label, n in zip(["no label", *meta["classes"]], counts) if n]
-    left_out = [f"left out: {reason}" for reason in lines(meta["left_out"])]
     return "\n  ".join([f"{name}: {size}, {len(meta['classes'])} classes; {meta['origin']}",
                         f"windows of each class: {', '.join(classes)}",
-                        *left_out, *lines(meta["mended"]), *meta["remarks"]])
+                        *lines(meta["left_out"], meta["mended_rows"]), *meta["remarks"]])
 
 def overview():
     """A line for each data set."""
