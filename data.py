@@ -76,30 +76,27 @@ def clock(t):
 
 def stretches(t, x, first):
     """Stamps t (n,) in s and readings x (n, C), of SENSORS from the number `first` on ->
-    [(t, x), ...] whose stamps rise without a gap, seconds a row, and two Counters by reason: the
-    seconds left out, with those recorded, and the rows that were mended."""
-    known = np.flatnonzero(np.isfinite(t))
-    if len(known) < 2 or np.ptp(t[known]) == 0:
-        return [], 0, Counter({name: len(t) / RATE for name in ("recorded", "no stamps")}), Counter()
-    stamps = np.interp(np.arange(len(t)), known, t[known])
+    [(t, x), ...] whose stamps rise without a gap, seconds a row, and the account (see `cut`)."""
+    known = np.isfinite(t)
+    if len(np.unique(t[known])) < 2:
+        return [], 0, Counter({reason: len(t) / RATE for reason in ("no stamps", "all")})
+    row = np.arange(len(t))
+    stamps = np.interp(row, row[known], t[known])
     order = in_order(stamps)
     x, stamps = x[order], stamps[order]
     t, step, why = clock(stamps)
     why[(why == "") & no_reading(x, first, step)] = "no reading"
-    kept = np.flatnonzero(why == "")
+    kept = row[why == ""]
     steps = np.diff(t[kept])
     parts = np.split(kept, np.flatnonzero((steps <= 0) | (steps > GAP)) + 1) if len(kept) else []
-    dropped = Counter(why[why != ""])
     for rows in parts:
-        why[rows[0]:rows[-1]] = ""                 # what a stretch lacks inside is bridged over
-    lost = Counter(why[why != ""])
-    mended = Counter({f"bridged over {reason}": n for reason, n in (dropped - lost).items()})
-    mended["rows out of order, sorted"] = len(t) * (np.diff(order) < 0).any()
-    mended["stamps in bursts, or rounded, spread evenly"] = len(t) * (t != stamps).any()
-    left_out = Counter({reason: n * step for reason, n in lost.items()})
-    spans = sum(t[rows[-1]] - t[rows[0]] + step for rows in parts)
-    left_out["recorded"] = sum(left_out.values()) + spans
-    return [(t[rows], x[rows]) for rows in parts], step, left_out, mended
+        inside = why[rows[0]:rows[-1]]             # a view
+        inside[inside != ""] = "mended: bridged over " + inside[inside != ""]
+    account = Counter({reason: n * step for reason, n in Counter(why).items() if reason})
+    account["mended: rows out of order, sorted"] = step * np.sum(order != row)
+    account["mended: stamps in bursts, or rounded, spread evenly"] = step * np.sum(t != stamps)
+    account["all"] = sum(account.values()) + sum(t[rows[-1]] - t[rows[0]] + step for rows in parts)
+    return [(t[rows], x[rows]) for rows in parts], step, account
 
 # ---------------------------------------------------------------- a clock to windows
 def resample(t, x, start, n):
@@ -116,20 +113,19 @@ def resample(t, x, start, n):
 
 def cut(recordings, length):
     """Recordings (user, label, streams), a stream (t, x) for each clock -> windows, arrays
-    (n, C, length), a row (user, label) for each window, and two Counters by reason: the seconds
-    left out (recorded = in windows + left out), and the rows that were mended. A Counter in place
-    of a recording is what its parser mended."""
-    windows, rows, left_out, mended = [], [], Counter(), Counter()
+    (n, C, length), a row (user, label) for each window, and the account, a Counter of seconds by
+    reason: recorded = in windows + left out; what begins with "mended" was kept. A Counter in place
+    of a recording is for the account."""
+    windows, rows, account = [], [], Counter()
     for recording in recordings:
         if isinstance(recording, Counter):
-            mended += recording
+            account += recording
             continue
         user, label, streams = recording
         found = [stretches(*stream, i) for i, stream in enumerate(streams)]
-        parts, steps, lost, notes = zip(*found)
-        mended += sum(notes, Counter())
-        own = functools.reduce(operator.or_, lost)             # of two clocks, the larger number
-        recorded, whole = own.pop("recorded", 0), 0
+        parts, steps, accounts = zip(*found)
+        own = functools.reduce(operator.or_, accounts)         # of two clocks, the larger number
+        rest = own.pop("all", 0) - sum(own.values())
         for pair in itertools.product(*parts):
             start, end = max(t[0] for t, _ in pair), min(t[-1] for t, _ in pair)
             n = max(0, math.floor((end - start) * RATE + 1e-6) + 1)
@@ -140,12 +136,12 @@ def cut(recordings, length):
                 windows.append(x.astype(np.float16, "C") + np.float16(0))    # -0 -> 0: its sign
                 rows += [(user, label)] * count                  # would depend on the processor
             why = "ends of stretches" if count else "stretches shorter than a window"
-            seconds = count * length / RATE
-            own[why] += max(0, end - start + max(steps) - seconds)
-            whole += seconds
-        own["one sensor without the other"] = max(0, recorded - whole - sum(own.values()))
-        left_out += own
-    return windows, rows, left_out, mended
+            span = max(0, end - start + max(steps))
+            own[why] += span - count * length / RATE
+            rest -= span
+        own["one sensor without the other"] = rest
+        account += own                             # of which no number below 0 is added
+    return windows, rows, account
 
 # ---------------------------------------------------------------- who is held out, who is drawn
 def held_out_users(meta):
@@ -433,9 +429,10 @@ def folder(user, names, read, settings):
     require(unit, f"{path}: t grows by {step:.3g} a row, in none of {[*TIME_UNITS]} 5 to 900 Hz")
     second = TIME_UNITS[unit[0]]
     spelled = one_spelling(label)
-    yield Counter({f"t read as {unit[0]}": len(t) * (second != 1),
-                   "rows out of order, sorted": len(t) * (np.diff(rows) < 0).any(),
-                   "other spellings of a label": np.sum((spelled != label) & (spelled != ""))})
+    mended = {f"t read as {unit[0]}": len(t) * (second != 1),
+              "rows out of order, sorted": np.sum(rows != np.arange(len(t))),
+              "other spellings of a label": np.sum((spelled != label) & (spelled != ""))}
+    yield Counter({f"mended: {what}": n * step * second for what, n in mended.items()})
     ends = (segment[rows][1:] != segment[rows][:-1]) | (spelled[rows][1:] != spelled[rows][:-1])
     for rows in np.split(rows, np.flatnonzero(ends) + 1):
         yield user, spelled[rows[0]], [(t[rows] * second, x[rows])]
@@ -626,31 +623,29 @@ def read_all(settings, raw):
         if not path.is_file():
             download(url, path)
     parts, empty = parts_of(settings, raw, archives), []
-    windows, rows, left_out, mended = [], [], Counter(), Counter()
+    windows, rows, account = [], [], Counter()
     read = functools.partial(read_part, settings, archives)
     import scipy.interpolate, scipy.signal         # once, before the processes are forked
     with ProcessPoolExecutor() as pool:
         for part, own in zip(parts, pool.map(read, parts, parts.values())):
-            said = "; ".join([f"{part}: {len(own[1])} windows", *lines(*own[2:])])
+            said = "; ".join([f"{part}: {len(own[1])} windows", *lines(own[2])])
             print(said, file=sys.stderr)
-            windows, rows = windows + own[0], rows + own[1]
-            left_out, mended = left_out + own[2], mended + own[3]
+            windows, rows, account = windows + own[0], rows + own[1], account + own[2]
             empty += [] if own[0] else [said]
     require(windows and not (empty and settings["source"] == "folder"),
             f"no {source.seconds} s of motion in a stretch, drop: {', '.join(empty)}")
     require(len({own.shape[1] for own in windows}) == 1,
             "some users have both sensors, some have one; keep them apart")
-    return np.concatenate(windows), rows, left_out, mended
+    return np.concatenate(windows), rows, account
 
-def lines(left_out, mended):
+def lines(account):
     """What was left out, and what was mended, in words."""
-    return [*(f"left out: {why} {n:.2f} s" for why, n in left_out.items() if n >= 0.01),
-            *(f"mended: {why} ({n} rows)" for why, n in mended.items())]
+    return [f"{why} {seconds:.2f} s" for why, seconds in account.items() if seconds >= 0.01]
 
 def read_set(name, settings, raw):
     """A set, read from its archives or files: a Prepared."""
     what, source = settings["source"], SOURCES[settings["source"]]
-    windows, rows, left_out, mended = read_all(settings, raw)
+    windows, rows, account = read_all(settings, raw)
     names = sorted({user for user, _ in rows}, key=int if what == "ucihar" else str)
     classes = list(source.classes) or sorted({label for _, label in rows} - {""})
     codes = {"": -1} | {label: i for i, label in enumerate(classes)}
@@ -661,14 +656,15 @@ def read_set(name, settings, raw):
                  for user in range(len(names))]
     own = {"folder": name, "simulated": f"simulated-{settings.get('seed')}"}
     whose = settings.get("own_source") or own.get(what, what.split("_")[0])    # WISDM's: the same
+    account = {why: round(float(seconds), 2) for why, seconds in account.items()}
     named = all(user.find("_") > 0 for user in names) and not settings.get("own_source")
     return Prepared(windows, users, labels, {
         "name": name, "rate": RATE, "seconds": source.seconds,
         "channels": CHANNELS[:windows.shape[1]], "users": names,
         "sources": [user.split("_")[0] if named else whose for user in names],
         "classes": classes, "windows": len(rows), "hours": len(rows) * source.seconds / 3600,
-        "left_out": {why: round(float(n), 2) for why, n in left_out.items()},
-        "mended_rows": {why: int(n) for why, n in mended.items()},
+        "left_out": {why: n for why, n in account.items() if not why.startswith("mended")},
+        "mended": {why: n for why, n in account.items() if why.startswith("mended")},
         "remarks": remarks(names, windows, users, checksums) + folder_remarks(what, names, raw),
         "origin": "; ".join([source.text, *source.archives]),
         "test_users": [user for user in names if user in source.test_users] or None,
@@ -768,7 +764,7 @@ def load_one(name, root="data"):
         meta = json.loads((folder / "meta.json").read_text())
         arrays = [np.load(folder / f"{part}.npy", mmap_mode="r") for part in Prepared._fields[:3]]
         if fingerprint(*arrays) == meta["fingerprint"]:
-            unknown = {"checksums": [[]] * len(meta["users"]), "mended_rows": {}, "remarks": []}
+            unknown = {"checksums": [[]] * len(meta["users"]), "mended": {}, "remarks": []}
             return Prepared(*arrays, unknown | meta)                           # of an older set
     raise UserError(f"{folder} is damaged or was changed; prepare the set again with --force")
 
@@ -822,7 +818,7 @@ def describe(name):
     classes = [f"{label} {n}" for label, n in zip(["no label", *meta["classes"]], counts) if n]
     return "\n  ".join([f"{name}: {size}, {len(meta['classes'])} classes; {meta['origin']}",
                         f"windows of each class: {', '.join(classes)}",
-                        *lines(meta["left_out"], meta["mended_rows"]), *meta["remarks"]])
+                        *lines(meta["left_out"] | meta["mended"]), *meta["remarks"]])
 
 def overview():
     """A line for each data set."""

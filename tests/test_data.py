@@ -304,7 +304,7 @@ BAD = {  # what makes a folder unusable: (its files, words of the sentence)
     "short row": ({"u.csv": "t,ax,ay,az\n0,0,0,1\n0.1,0"}, "u.csv, row 3: 2 fields"),
     "no date": ({"u.csv": "t,ax,ay,az\nnoon,0,0,1\n"}, "u.csv, row 2: .*no number or date as t"),
     "empty": ({"u.csv": ""}, "u.csv can't be read"),
-    "too short": ({"u.npz": npz(X25[:450])}, "u: 0 windows; left out: stretches shorter than a window 9.00"),
+    "too short": ({"u.npz": npz(X25[:450])}, "u: 0 windows; stretches shorter than a window 9.00"),
     "five channels": ({"u.npz": npz(X25[:, :5])}, r"signal \(1250, 5\).* wanted: .*\(n, 6\)"),
     "labels in a column": ({"u.npz": npz(label=np.full((1250, 1), "x"))}, r"label \(1250, 1\)"),
     "no rate": ({"u.npz": {"signal": X25}}, "rate is not a file"),
@@ -331,7 +331,7 @@ def test_a_corpus_survives_a_bad_line_and_names_an_archive_that_cannot_be_read()
     write_archives("raw", "motionsense", zipped({MEMBER: b"\n".join(rows)}))
     windows, _, _, meta = prepare("motionsense")
     assert len(windows) == 2 and seconds_of(meta) == pytest.approx(25)
-    assert meta["mended_rows"] == {"bridged over no reading": 2}
+    assert meta["mended"] == {"mended: bridged over no reading": pytest.approx(0.04)}
     x = np.round(movement(clock(25, 200)) * 100)
     for outer in ("SisFall_dataset/", ""):
         lines = text("%d,%d,%d,%d,%d,%d,0,0,0;\n", x) + "17,3"
@@ -381,7 +381,7 @@ if __name__ == "__main__":
 def test_a_set_that_was_damaged_or_changed_is_noticed_and_an_older_one_is_read():
     meta = prepare("simulated").meta
     path, windows = Path("data/simulated/meta.json"), Path("data/simulated/windows.npy")
-    older = {key: meta[key] for key in meta if key not in ("checksums", "mended_rows", "remarks")}
+    older = {key: meta[key] for key in meta if key not in ("checksums", "mended", "remarks")}
     path.write_text(json.dumps(older | {"left_out": {"recordings that a sensor lacks": 3}}))
     assert data.identities(data.load("simulated").meta, [1]) == [["simulated-0", "001", []]]
     assert "simulated" in data.describe("simulated")
