@@ -82,14 +82,15 @@ def stretches(stream, sensor):
     if len(np.unique(t[known])) < 2:
         return [], 0, Counter({reason: len(t) / RATE for reason in ("no stamps", "all")})
     row = np.arange(len(t))
-    stamps = np.interp(row, row[known], t[known])
-    order = in_order(stamps)
-    x, stamps = x[order], stamps[order]
+    t = np.interp(row, row[known], t[known])
+    order = in_order(t)
+    x, stamps = x[order], t[order]
     t, step, why = clock(stamps)
     why[(why == "") & no_reading(x, sensor, step)] = "no reading"
     kept = row[why == ""]
     steps = np.diff(t[kept])
-    parts = np.split(kept, np.flatnonzero((steps <= 0) | (steps > GAP)) + 1) if len(kept) else []
+    ends = np.flatnonzero((steps <= 0) | (steps > GAP)) + 1
+    parts = np.split(kept, ends) if len(kept) else []
     for rows in parts:
         inside = why[rows[0]:rows[-1]]             # a view
         inside[inside != ""] = "mended: bridged over " + inside[inside != ""]
@@ -128,8 +129,7 @@ def cut(recordings, length):
         for pair in itertools.product(*parts):
             start, end = max(t[0] for t, _ in pair), min(t[-1] for t, _ in pair)
             n = max(0, math.floor((end - start) * RATE + 1e-6) + 1)
-            count = n // length
-            if count:
+            if count := n // length:
                 x = np.hstack([resample(t, x, start, n) for t, x in pair])           # (n, C)
                 x = x[:count * length].reshape(count, length, -1).transpose(0, 2, 1)
                 windows.append(x.astype(np.float16, "C") + np.float16(0))    # -0 -> 0: its sign
@@ -374,8 +374,8 @@ def wisdm(user, names, read, settings):
 def extrasensory(user, names, read, settings):
     """A file for each sensor and minute, lines `clock_s x y z`; acceleration in g or in m/s^2."""
     for name in sorted({name.replace("proc_gyro", "raw_acc") for name in names}):
-        acc, gyro = (numbers(read(one) if one in names else b"", 4)
-                     for one in (name, name.replace("raw_acc", "proc_gyro")))
+        acc = numbers(read(name), 4)
+        gyro = numbers(read(name.replace("raw_acc", "proc_gyro")), 4)
         norms = np.linalg.norm(acc[:, 1:], axis=1)
         norm = np.median(np.r_[norms[np.isfinite(norms)], 0])         # nearly
         unit = 1 if 0.7 <= norm <= 1.5 else GRAVITY if 6 <= norm <= 15 else math.nan   # no reading
@@ -612,7 +612,7 @@ def read_part(settings, raw, part, names):
     parser = files_of if source.rate else globals()[what.split("_")[0]]
     def read(name):
         opened.append(name)
-        return files[name].read(name)
+        return files[name].read(name) if name in files else b""
     try:
         return cut(parser(part, names, read, settings), round(source.seconds * RATE))
     except UserError:
@@ -743,20 +743,20 @@ def load(name, root="data"):
 
 def pooled(a, b):
     """Two sets as one: users side by side, classes by name."""
+    meta = {key: a.meta[key] for key in ("rate", "seconds", "channels")}
     name = f"{a.meta['name']}+{b.meta['name']}"
-    same = {key: a.meta[key] for key in ("rate", "seconds", "channels")}
-    require(same.items() <= b.meta.items(), f"{name}: {[*same]} differ")
+    require(meta.items() <= b.meta.items(), f"{name}: {[*meta]} differ")
     twice = [b.meta["users"][user] for user in known(b.meta, identities(a.meta))]
     require(not twice, f"{name}: a person is in two sets: {', '.join(twice)}; drop one set")
+    for key in ("users", "sources", "checksums", "windows", "hours"):
+        meta[key] = a.meta[key] + b.meta[key]
     classes = sorted({*a.meta["classes"], *b.meta["classes"]})
     labels = [np.array([*map(classes.index, one.meta["classes"]), -1])[one.labels]   # -1 stays
               for one in (a, b)]
-    arrays = [np.concatenate(both) for both in (
-        (a.windows, b.windows), (a.users, b.users + len(a.meta["users"])), labels)]
-    lists = {key: a.meta[key] + b.meta[key]
-             for key in ("users", "sources", "checksums", "windows", "hours")}
-    return Prepared(*arrays, {**same, **lists, "name": name, "classes": classes,
-                              "test_users": None, "fingerprint": fingerprint(*arrays)})
+    users = a.users, b.users + len(a.meta["users"])
+    arrays = [*map(np.concatenate, ((a.windows, b.windows), users, labels))]
+    return Prepared(*arrays, meta | {"name": name, "classes": classes, "test_users": None,
+                                     "fingerprint": fingerprint(*arrays)})
 
 def load_one(name, root="data"):
     folder = Path(root) / name
