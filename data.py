@@ -418,8 +418,8 @@ def folder(user, names, read, settings):
     t = fields["t"] if "t" in fields else np.arange(len(x)) / fields["rate"].item()
     segment = fields.get("segment", np.zeros(len(x)))
     label = fields.get("label", np.full(len(x), "")).astype(str)
-    whole = x.shape[1] in range(3, len(CHANNELS) + 1, 3)                       # sensors
-    if not (whole and segment.shape == label.shape == t.shape):
+    three_axes_each = x.shape[1] in range(3, len(CHANNELS) + 1, 3)
+    if not (three_axes_each and segment.shape == label.shape == t.shape):
         raise ValueError(f"signal {x.shape}, segment {segment.shape}, label {label.shape}")
     order = in_order(t)
     step = mean_step(t[order])
@@ -444,7 +444,9 @@ def read_csv(path):
     header = [column.strip().lower() for column in next(reader)]
     axes = [axis for sensor in SENSORS.values() for axis in sensor.columns if axis in header]
     table, labels = [], []
-    for row in filter(any, reader):
+    for row in reader:
+        if not any(map(str.strip, row)):
+            continue
         where = f"{path}, row {reader.line_num}"
         require(len(row) == len(header),
                 f"{where}: {len(row)} fields for {len(header)} of the header")
