@@ -25,7 +25,7 @@ LARGEST = 200                                      # in any unit of SENSORS: no 
 GRAVITY, DEGREE = 9.80665, np.pi / 180             # m/s^2 in 1 g, rad in 1 degree
 
 # A sensor has three axes. columns: in a csv. units: factors to its unit. scale: a model's input is
-# divided by it. rest: the norm of its axes at rest, from, to. usual: nine norms in ten are below.
+# divided by it. rest: the norm of its axes at rest, from, to. usual: nine in ten are below.
 Sensor = namedtuple("Sensor", "columns unit units scale rest usual")
 SENSORS = {
     "acc": Sensor(["ax", "ay", "az"], "g", {"g": 1, "m/s2": 1 / GRAVITY}, 0.7, (0.5, 1.5), 8),
@@ -42,7 +42,8 @@ def mean_step(t):
     lag = max(1, min(256, len(t) // 4))
     lags = t[lag:] - t[:-lag]
     typical = np.median(lags)
-    return np.mean(lags[np.abs(lags - typical) <= abs(typical) / 2]) / lag
+    step = np.mean(lags[np.abs(lags - typical) <= abs(typical) / 2]) / lag
+    return step if step > 0 else np.ptp(t) / len(t)
 
 def in_order(t):
     """The rows (n,) of stamps t (n,) in order of time, if that is unambiguous: sorting leaves fewer
@@ -53,12 +54,9 @@ def in_order(t):
     return order if mends else np.arange(len(t))
 
 def clock(t):
-    """Stamps t (n,) -> times (n,), seconds a row, were they spread evenly, and why each row is
-    dropped ("": it isn't). Stamps that come in bursts, or were rounded, are spread by a mean over
-    10 s."""
+    """Stamps t (n,) -> times (n,), seconds a row, and why each row is dropped ("": it isn't).
+    Stamps that come in bursts, or were rounded, are spread evenly: by a mean over 10 s."""
     t, steps, step = t.copy(), np.diff(t), mean_step(t)
-    if step <= 0:
-        step = np.ptp(t) / len(t)
     burst = steps < min(step / 4, 0.004)           # no body sensor takes rows so fast
     uneven = burst.mean() > 0.05
     pause = np.median(steps[~burst]) if uneven else 0                          # between bursts
@@ -74,34 +72,33 @@ def clock(t):
             pace = np.diff(t[rows])
             if pace.max() > 1.5 * pace.min():
                 why[rows] = f"stamps of no steady rate (about {1 / step:.0f} rows a second)"
-    return t, step, uneven, why
+    return t, step, why
 
-def stretches(t, x, first):
-    """Stamps t (n,) in s and readings x (n, C), of SENSORS from the number `first` on ->
-    [(t, x), ...] whose stamps rise without a gap, seconds a row, and the account (see `cut`) with
-    the seconds that were recorded."""
-    known = np.flatnonzero(np.isfinite(t))
-    if len(known) < 2 or np.ptp(t[known]) == 0:
-        return [], 0, Counter({name: len(t) / RATE for name in ("recorded", "no stamps")})
-    t = np.interp(np.arange(len(t)), known, t[known])
+def stretches(stream, sensor):
+    """Stamps t (n,) in s and readings x (n, C), of `sensor` and maybe more -> [(t, x), ...] whose
+    stamps rise without a gap, seconds a row, and the account (see `cut`)."""
+    t, x = stream
+    known = np.isfinite(t)
+    if len(np.unique(t[known])) < 2:
+        return [], 0, Counter({reason: len(t) / RATE for reason in ("no stamps", "all")})
+    row = np.arange(len(t))
+    t = np.interp(row, row[known], t[known])
     order = in_order(t)
-    t, step, uneven, why = clock(t[order])
-    x = x[order]
-    why[(why == "") & no_reading(x, first, step)] = "no reading"
-    kept = np.flatnonzero(why == "")
+    x, stamps = x[order], t[order]
+    t, step, why = clock(stamps)
+    why[(why == "") & no_reading(x, sensor, step)] = "no reading"
+    kept = row[why == ""]
     steps = np.diff(t[kept])
-    parts = np.split(kept, np.flatnonzero((steps <= 0) | (steps > GAP)) + 1) if len(kept) else []
+    ends = np.flatnonzero((steps <= 0) | (steps > GAP)) + 1
+    parts = np.split(kept, ends) if len(kept) else []
     for rows in parts:
         inside = why[rows[0]:rows[-1]]             # a view
         inside[inside != ""] = "mended: bridged over " + inside[inside != ""]
-    account = Counter({reason: n * step for reason, n in Counter(why[why != ""]).items()})
-    account["recorded"] = left_out(account) + sum(t[rows[-1]] - t[rows[0]] + step for rows in parts)
-    account["mended: stamps in bursts, or rounded, spread evenly"] = uneven * len(t) * step
-    account["mended: rows out of order, sorted"] = np.any(np.diff(order) < 0) * len(t) * step
+    account = Counter({reason: n * step for reason, n in Counter(why).items() if reason})
+    account["mended: rows out of order, sorted"] = step * np.sum(order != row)
+    account["mended: stamps in bursts, or rounded, spread evenly"] = step * np.sum(t != stamps)
+    account["all"] = sum(account.values()) + sum(t[rows[-1]] - t[rows[0]] + step for rows in parts)
     return [(t[rows], x[rows]) for rows in parts], step, account
-
-def left_out(account):
-    return sum(n for reason, n in account.items() if not reason.startswith("mended"))
 
 # ---------------------------------------------------------------- a clock to windows
 def resample(t, x, start, n):
@@ -117,46 +114,50 @@ def resample(t, x, start, n):
     return scipy.signal.resample_poly(spline(grid), 1, k, window=low_pass, padtype="antireflect")
 
 def cut(recordings, length):
-    """Recordings (user, label, streams), a stream (t, x) for each clock -> windows (n, C, length),
-    a row for each (user, label, is it the first of its stretch), and the account, a Counter of
-    seconds by reason: recorded = in windows + left out; what begins with "mended" was kept.
-    A float in place of the streams is seconds for the account."""
-    windows, rows, account = [np.empty((0, 0, length), np.float16)], [], Counter()
-    for user, label, streams in recordings:
-        if isinstance(streams, float):
-            account[label] += streams
+    """Recordings (user, label, streams), a stream (t, x) for each clock -> arrays of windows
+    (n, C, length), a row (user, label) for each window, and the account, a Counter of seconds by
+    reason: recorded = in windows + left out; what begins with "mended" was kept."""
+    windows, rows, account = [], [], Counter()
+    for recording in recordings:
+        if isinstance(recording, Counter):         # what the parser mended
+            account += recording
             continue
-        found, steps, own = zip(*[stretches(*stream, i) for i, stream in enumerate(streams)])
-        own = functools.reduce(operator.or_, own)              # of two clocks, the larger number
-        recorded, whole = own.pop("recorded", 0), 0
-        for pair in itertools.product(*found):
+        user, label, streams = recording
+        parts, steps, accounts = zip(*map(stretches, streams, SENSORS.values()))
+        own = functools.reduce(operator.or_, accounts)         # of two clocks, the larger number
+        rest = own.pop("all", 0) - sum(own.values())
+        for pair in itertools.product(*parts):
             start, end = max(t[0] for t, _ in pair), min(t[-1] for t, _ in pair)
-            span = max(0, end - start + max(steps))
             n = max(0, math.floor((end - start) * RATE + 1e-6) + 1)
-            if n >= length:
+            if count := n // length:
                 x = np.hstack([resample(t, x, start, n) for t, x in pair])           # (n, C)
-                x = x[:n // length * length].reshape(n // length, length, -1)
-                x = x.transpose(0, 2, 1).astype(np.float16) + np.float16(0)          # -0 -> 0:
-                windows.append(x)                  # its sign would depend on the processor
-                rows += [(user, label, i == 0) for i in range(len(x))]
-                whole += len(x) * length / RATE
-                own["ends of stretches"] += max(0, span - len(x) * length / RATE)
-            else:
-                own["stretches shorter than a window"] += span
-        own["one sensor without the other"] = max(0, recorded - whole - left_out(own))
-        account += own
-    return np.concatenate(windows[len(rows) > 0:]), rows, account
+                x = x[:count * length].reshape(count, length, -1).transpose(0, 2, 1)
+                windows.append(x.astype(np.float16, "C") + np.float16(0))    # -0 -> 0: its sign
+                rows += [(user, label)] * count                  # would depend on the processor
+            why = "ends of stretches" if count else "stretches shorter than a window"
+            span = max(0, end - start + max(steps))
+            own[why] += span - count * length / RATE
+            rest -= span
+        own["one sensor without the other"] = rest
+        account += own                             # of which no number below 0 is added
+    return windows, rows, account
 
 # ---------------------------------------------------------------- who is held out, who is drawn
+def by_source(meta):
+    """The users of each source: [[user, ...], ...]."""
+    return [[user for user, other in enumerate(meta["sources"]) if other == source]
+            for source in sorted(set(meta["sources"]))]
+
 def held_out_users(meta):
     """The users that no model is trained on, whatever the seed: 20 % of each source's, at least 2,
     by a hash. Two halves, lists of user indices: each chooses the step at which the other is
     scored (pretrain.cross_fitted)."""
     half_a, half_b = [], []
-    for source in sorted(set(meta["sources"])):
-        ranked = sorted((hashlib.sha256(f"{source}/{name}".encode()).hexdigest(), user)
-                        for user, (other, name) in enumerate(people(meta)) if other == source)
-        held_out = [user for _, user in ranked[:max(2, len(ranked) // 5)]]
+    hashes = [hashlib.sha256(f"{source}/{name}".encode()).hexdigest()
+              for source, name in zip(meta["sources"], meta["users"])]
+    for group in by_source(meta):
+        ranked = sorted(group, key=hashes.__getitem__)
+        held_out = ranked[:max(2, len(ranked) // 5)]
         half_a, half_b = half_a + held_out[::2], half_b + held_out[1::2]
     return half_a, half_b
 
@@ -169,9 +170,8 @@ def held_out_windows(prepared, users, most=64):
 def training_users(meta, seed):
     """Users that aren't held out, in the seeded random order a grid takes them, sources in turn."""
     held_out, rng = set(sum(held_out_users(meta), [])), random_stream(seed, "training users")
-    queues = [rng.permutation([user for user, other in enumerate(meta["sources"])
-                               if other == source and user not in held_out]).tolist()
-              for source in sorted(set(meta["sources"]))]
+    queues = [rng.permutation([user for user in group if user not in held_out]).tolist()
+              for group in by_source(meta)]
     require(any(queues), f"{meta['name']}: all are held out (at least 2 per source): add users")
     turns = itertools.zip_longest(*[queues[i] for i in rng.permutation(len(queues))])
     return [user for turn in turns for user in turn if user is not None]
@@ -199,8 +199,9 @@ WISDM_ZIP = UCI + "507/wisdm+smartphone+and+smartwatch+activity+and+biometrics+d
 EXTRASENSORY = "http://extrasensory.ucsd.edu/data/raw_measurements/ExtraSensory.raw_measurements."
 MOTIONSENSE = "https://github.com/mmalekzadeh/motion-sense/raw/master/data/A_DeviceMotion_data.zip"
 SOURCES = {
-    "simulated": Source("a simulated population"),
-    "folder": Source("own recordings: a folder with one .npz or .csv per user"),
+    "simulated": Source("a simulated population", r"(?P<part>\d+)"),
+    "folder": Source("own recordings: a folder with one .npz or .csv per user",
+                     r"(?i:(?P<part>[^/]+)\.(csv|npz))$"),
     "ucihar": Source(
         "UCI HAR (Anguita 2013): 30 users, phone at the waist, 50 Hz, 2.56 s",
         r"/(?P<part>train|test)/.*\.txt$",
@@ -228,7 +229,6 @@ SOURCES = {
         r"Subject(?P<part>\d+)/(?P<label>a\d+)t\d+\.mat$",
         ("https://sipi.usc.edu/had/USC-HAD.zip",), rate=100),
 }
-OWN = (".csv", ".npz")                             # the endings of own recordings
 
 # ---------------------------------------------------------------- what all commands share
 class UserError(Exception):
@@ -295,10 +295,8 @@ def write_json(path, content):
                                         default=np.ndarray.tolist) + "\n")
 
 def read_json(path):
-    """The content of a .json file; of a .jsonl file, the list of its lines."""
     try:
-        text = path.read_text()
-        return json.loads(f"[{','.join(text.splitlines())}]" if path.suffix == ".jsonl" else text)
+        return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} can't be read ({error}): delete it, make it again") from None
 
@@ -314,7 +312,7 @@ def random_stream(*key):
     return np.random.default_rng([zlib.crc32(str(part).encode()) for part in key])
 
 # ---------------------------------------------------------------- what can't be motion
-def no_reading(x, first, step):
+def no_reading(x, sensor, step):
     """(n,): rows of x (n, C) that can't be motion: no number, or more than a sensor gives; three
     equal axes of all sensors, not at rest (0, 0, 0 g; -999); one row for longer than GAP."""
     new = np.r_[True, (x[1:] != x[:-1]).any(1)]
@@ -322,7 +320,7 @@ def no_reading(x, first, step):
     asleep = ~new & (np.bincount(run)[run] * step > GAP)
     axes = x.reshape(len(x), -1, 3)                # (n, sensors, 3)
     size, equal = np.linalg.norm(axes, axis=2), (axes == axes[:, :, :1]).all((1, 2))
-    low, high = [*SENSORS.values()][first].rest
+    low, high = sensor.rest
     restless = (size[:, 0] < low) | (size[:, 0] > high)
     return asleep | equal & restless | ~(size < LARGEST).all(1)
 
@@ -334,14 +332,14 @@ def no_reading(x, first, step):
 def numbers(text, columns):
     """Bytes -> numbers (lines, columns), separated by blanks, commas or semicolons. Any other line
     is nan: it keeps its place, and counts as no reading."""
-    rows = []
+    rows, unreadable = [], [math.nan] * columns
     for line in text.replace(b",", b" ").replace(b";", b" ").splitlines():
-        try:
-            row = [float(value) for value in line.split()]
-        except ValueError:
-            row = [math.nan]
-        if row:
-            rows.append(row if len(row) == columns else [math.nan] * columns)
+        fields = line.split()
+        if fields:
+            rows.append(unreadable)
+        if len(fields) == columns:
+            with contextlib.suppress(ValueError):
+                rows[-1] = [float(field) for field in fields]
     return np.array(rows).reshape(-1, columns)
 
 def ucihar(split, names, read, settings):
@@ -349,17 +347,14 @@ def ucihar(split, names, read, settings):
     folder = names[0].partition(f"/{split}/")[0]
     def table(what, columns):
         return numbers(read(f"{folder}/{split}/{what}_{split}.txt"), columns)
-    def whole(what, most):
-        values = table(what, 1).ravel()
-        bad = ~np.isin(values, np.arange(1, most + 1))
-        require(not bad.any(), f"{what}_{split}.txt, row {bad.argmax() + 1}: not from 1 to {most}")
-        return values.astype(int)
-    users, labels = whole("subject", 30), whole("y", 6)
     signals = [table(f"Inertial Signals/{sensor}_{axis}", 128)
                for sensor in ("total_acc", "body_gyro") for axis in "xyz"]
-    for user, label, *window in zip(users, labels, *signals, strict=True):
+    classes = dict(enumerate(UCIHAR, 1))
+    labels = [classes[label] for label in table("y", 1).ravel()]
+    users = [int(user) for user in table("subject", 1).ravel()]
+    for user, label, x in zip(users, labels, np.stack(signals, axis=2), strict=True):
         if user <= (settings["limit_users"] or user):
-            yield str(user), UCIHAR[label - 1], steady(np.stack(window, axis=1), 50)
+            yield str(user), label, steady(x, 50)
 
 def wisdm(user, names, read, settings):
     """A file for each sensor, lines `user,activity,ns,x,y,z;`, m/s^2, rad/s; the clocks differ."""
@@ -379,8 +374,8 @@ def wisdm(user, names, read, settings):
 def extrasensory(user, names, read, settings):
     """A file for each sensor and minute, lines `clock_s x y z`; acceleration in g or in m/s^2."""
     for name in sorted({name.replace("proc_gyro", "raw_acc") for name in names}):
-        acc, gyro = (numbers(read(one) if one in names else b"", 4)
-                     for one in (name, name.replace("raw_acc", "proc_gyro")))
+        acc = numbers(read(name), 4)
+        gyro = numbers(read(name.replace("raw_acc", "proc_gyro")), 4)
         norms = np.linalg.norm(acc[:, 1:], axis=1)
         norm = np.median(np.r_[norms[np.isfinite(norms)], 0])         # nearly
         unit = 1 if 0.7 <= norm <= 1.5 else GRAVITY if 6 <= norm <= 15 else math.nan   # no reading
@@ -416,29 +411,29 @@ NO_LABEL = "-1,none,na,n/a,nan,null,unknown,undefined,unlabelled,unlabeled,no la
 def folder(user, names, read, settings):
     """A .npz with signal (n, 6) or (n, 3), rate (5 to 900 Hz) and, if you like, segment and label
     (n,); or a .csv with the columns t,ax,ay,az[,gx,gy,gz][,label], t in seconds."""
-    path = names[0]
+    require(len(names) == 1, f"{user} is there as .csv and as .npz; keep one")
+    path = Path(names[0])
     fields = np.load(path) if path.suffix.lower() == ".npz" else read_csv(path)
     x = fields["signal"].astype(float)
     t = fields["t"] if "t" in fields else np.arange(len(x)) / fields["rate"].item()
     segment = fields.get("segment", np.zeros(len(x)))
     label = fields.get("label", np.full(len(x), "")).astype(str)
-    sensors = range(3, len(CHANNELS) + 1, 3)
-    if x.shape[1] not in sensors or not segment.shape == label.shape == t.shape:
+    three_axes_each = x.shape[1] in range(3, len(CHANNELS) + 1, 3)
+    if not (three_axes_each and segment.shape == label.shape == t.shape):
         raise ValueError(f"signal {x.shape}, segment {segment.shape}, label {label.shape}")
-    x = in_units(path, x, settings)
-    rows = in_order(t)
-    step = mean_step(t[rows])
+    order = in_order(t)
+    step = mean_step(t[order])
     unit = [unit for unit, second in TIME_UNITS.items() if 0.0011 < step * second < 0.201]
     require(unit, f"{path}: t grows by {step:.3g} a row, in none of {[*TIME_UNITS]} 5 to 900 Hz")
-    second = TIME_UNITS[unit[0]]
-    spelled = one_spelling(label)
+    second, spelled = TIME_UNITS[unit[0]], one_spelling(label)
     mended = {f"t read as {unit[0]}": len(t) * (second != 1),
-              "rows out of order, sorted": len(t) * (np.diff(rows) < 0).any(),
+              "rows out of order, sorted": np.sum(order != np.arange(len(t))),
               "other spellings of a label": np.sum((spelled != label) & (spelled != ""))}
-    for what, n in mended.items():
-        yield user, f"mended: {what}", float(n * step * second)
-    ends = (segment[rows][1:] != segment[rows][:-1]) | (spelled[rows][1:] != spelled[rows][:-1])
-    for rows in np.split(rows, np.flatnonzero(ends) + 1):
+    yield Counter({f"mended: {what}": n * step * second for what, n in mended.items()})
+    x = in_units(path, x, settings)
+    segment, label = segment[order], spelled[order]
+    ends = np.flatnonzero((segment[1:] != segment[:-1]) | (label[1:] != label[:-1])) + 1
+    for rows in np.split(order, ends):
         yield user, spelled[rows[0]], [(t[rows] * second, x[rows])]
 
 def read_csv(path):
@@ -447,26 +442,28 @@ def read_csv(path):
     text = path.read_text("utf-8-sig").splitlines()
     reader = csv.reader(text, delimiter=max(";\t,", key=text[0].count))
     header = [column.strip().lower() for column in next(reader)]
-    sensors = [sensor.columns for sensor in SENSORS.values() if {*sensor.columns} & {*header}]
-    columns = [header.index(column) for column in ["t", *sum(sensors or [["ax"]], [])]]
+    axes = [axis for sensor in SENSORS.values() for axis in sensor.columns if axis in header]
     table, labels = [], []
     for row in reader:
         if not any(map(str.strip, row)):
             continue
-        values = [value_of(row[column]) for column in columns] if len(row) == len(header) else []
-        require(values and values[0] == values[0], f"{path}, row {reader.line_num}: {len(row)} "
-                f"fields for {len(header)} of the header, or no number or date as t")
-        table.append(np.array(values))
-        labels.append(row[header.index("label")] if "label" in header else "")
+        where = f"{path}, row {reader.line_num}"
+        require(len(row) == len(header),
+                f"{where}: {len(row)} fields for {len(header)} of the header")
+        fields = dict(zip(header, row))
+        table.append([value_of(fields[column]) for column in ["t", *axes]])
+        require(not math.isnan(table[-1][0]), f"{where}: no number or date as t")
+        labels.append(fields.get("label", ""))
     table = np.array(table)
     return {"t": table[:, 0], "signal": table[:, 1:], "label": np.array(labels)}
 
 def value_of(text):
     """A number, with a decimal comma or point, or a date in s; nan for any other text."""
     text = text.strip().replace(",", ".")
-    for parse in (float, lambda date: np.datetime64(date.rstrip("Z"), "ns").astype(float) / 1e9):
-        with contextlib.suppress(ValueError):
-            return parse(text)
+    with contextlib.suppress(ValueError):
+        return float(text)
+    with contextlib.suppress(ValueError):
+        return np.datetime64(text.rstrip("Z"), "ns").astype(float) / 1e9
     return math.nan
 
 def one_spelling(label):
@@ -479,29 +476,28 @@ def one_spelling(label):
 
 def in_units(path, x, settings):
     """Readings x (n, C) to g and rad/s. UserError if they weren't in the unit that was given."""
-    x, full = x.reshape(len(x), -1, 3), np.isfinite(x).all(1)
+    full = np.isfinite(x).all(1)
     require(full.mean() > 0.5, f"{path}: most rows lack a sensor: join the sensors' rows by time")
-    for i, (name, sensor) in enumerate([*SENSORS.items()][:x.shape[1]]):
+    for (name, sensor), axes in zip(SENSORS.items(), np.split(x, x.shape[1] // 3, axis=1)):
         unit = settings[f"{name}_unit"]
-        x[:, i] *= sensor.units[unit]
-        axes = x[full, i]
+        axes *= sensor.units[unit]                 # a view
         size = np.linalg.norm(axes, axis=1) * (np.ptp(axes, axis=1) > 0)       # -999 is no reading
-        low, high = np.quantile(size, [0.5, 0.9])
-        require(high < sensor.usual and (low >= sensor.rest[0] / 2 or unit == sensor.unit),
-                f"{path}: {name} is {low:.2g} {sensor.unit} in the middle; at rest it is "
-                f"{' to '.join(map(str, sensor.rest))} (with gravity): check --{name}-unit")
-    return x.reshape(len(x), -1)
+        high, (low, _) = np.quantile(size[full], 0.9), sensor.rest
+        require(high < sensor.usual and (high >= low or unit == sensor.unit),
+                f"{path}: {name} is {high:.2g} {sensor.unit}, and nine rows in ten are below; at "
+                f"rest it is {sensor.rest} (with gravity): check --{name}-unit")
+    return x
 
 # ---------------------------------------------------------------- a simulated population
-ACTIVITIES = {  # the trunk leans (rad), strides (x the person's), push (g), turn (rad), share
-    "lying":    (1.50, 0.00, 0.00, 0.00, 0.10),
-    "sitting":  (0.45, 0.00, 0.00, 0.00, 0.15),
-    "standing": (0.05, 0.00, 0.00, 0.00, 0.10),
-    "walking":  (0.10, 1.00, 0.30, 0.10, 0.25),
-    "stairs":   (0.25, 0.85, 0.35, 0.15, 0.15),
-    "running":  (0.20, 1.45, 0.60, 0.15, 0.10),
-    "cycling":  (0.60, 0.70, 0.10, 0.25, 0.15),
-}
+ACTIVITIES = [  # name, the trunk leans (rad), strides (x the person's), push (g), turn (rad), share
+    ("lying",    1.50, 0.00, 0.00, 0.00, 0.10),
+    ("sitting",  0.45, 0.00, 0.00, 0.00, 0.15),
+    ("standing", 0.05, 0.00, 0.00, 0.00, 0.10),
+    ("walking",  0.10, 1.00, 0.30, 0.10, 0.25),
+    ("stairs",   0.25, 0.85, 0.35, 0.15, 0.15),
+    ("running",  0.20, 1.45, 0.60, 0.15, 0.10),
+    ("cycling",  0.60, 0.70, 0.10, 0.25, 0.15),
+]
 HARMONICS = np.arange(1, 5)                        # of the stride, which is two steps
 TRAITS = {  # mean, standard deviation over people, shape (7 activities, 6 channels, 4 harmonics)
     "strides": (0.95, 0.09, ()),                   # a second
@@ -514,39 +510,42 @@ TRAITS = {  # mean, standard deviation over people, shape (7 activities, 6 chann
 
 def person(seed, user, spread):
     """Traits: mean + spread x deviation x a normal number, each from its own random stream."""
-    return {name: mean + spread * deviation *
-            random_stream(seed, "trait", name, user).standard_normal(shape)
-            for name, (mean, deviation, shape) in TRAITS.items()}
+    who = {}
+    for trait, (mean, deviation, shape) in TRAITS.items():
+        rng = random_stream(seed, "trait", trait, user)
+        who[trait] = mean + spread * deviation * rng.standard_normal(shape)
+    return who
 
 def simulated(user, names, read, settings, rate=40):
     """A day of random activities, 20 s each on average. In the body's frame (x forwards, y left,
     z up) the trunk leans and is pushed and turned by harmonics of the stride; the sensor is worn
     rotated, by M (mount):  acc = M R(angles)^-1 (0, 0, 1) + M push,  gyro = M d angles / dt"""
-    Rotation = scipy.spatial.transform.Rotation
+    rotation = scipy.spatial.transform.Rotation.from_rotvec
     who = person(settings["seed"], user, settings["spread"])
     rng = random_stream(settings["seed"], "day", user)           # clones, too, have different days
-    mount = Rotation.from_rotvec(who["mount"])
-    style = np.exp(who["sizes"] + 1j * who["phases"])            # (6, 4)
-    shares = [share for *_, share in ACTIVITIES.values()]
+    mount = rotation(who["mount"])
+    style = np.exp(who["sizes"] + 1j * who["phases"]).T          # (4, 6)
+    shares = [share for *_, share in ACTIVITIES]
     left = round(settings["hours_per_user"] * 3600 / SECONDS)
     while left > 0:
         now = rng.choice(len(shares), p=shares)
-        label, (lean, strides, push, turn, _) = list(ACTIVITIES.items())[now]
+        label, lean, strides, push, turn, _ = ACTIVITIES[now]
         windows = min(left, rng.geometric(1 / 2))
         left -= windows
         t = np.arange(windows * SECONDS * rate) / rate
         tempo, vigour = np.exp(rng.normal([0, who["vigour"][now]], [0.05, 0.12]))
         drift = 0.004 * np.cumsum(rng.standard_normal(len(t))) / np.sqrt(rate)
         turns = who["strides"] * strides * tempo * t + drift + rng.uniform()
-        waves = (np.exp(2j * np.pi * np.outer(turns, HARMONICS)) @ style.T).real       # (n, 6)
+        waves = (np.exp(2j * np.pi * np.outer(turns, HARMONICS)) @ style).real         # (n, 6)
         waves *= vigour * np.repeat([push, turn], 3)
         angles = waves[:, 3:] + [0, lean, 0] + rng.normal(0, 0.06, 3)
         angles[:, :2] += who["posture"][now]
         angles += 0.02 * np.sin(np.outer(t, rng.uniform(0.5, 4, 3)) + rng.uniform(0, 6, 3))
-        gravity = Rotation.from_rotvec(angles).inv().apply([0, 0, 1])
-        acc, gyro = gravity + waves[:, :3], np.gradient(angles, 1 / rate, axis=0)
+        acc = rotation(angles).inv().apply([0, 0, 1]) + waves[:, :3]
+        gyro = np.gradient(angles, 1 / rate, axis=0)
         x = np.hstack([mount.apply(acc), mount.apply(gyro)])
-        yield user, label, [(t, x + rng.normal(0, [0.01] * 3 + [0.02] * 3, x.shape))]
+        noise = rng.normal(0, [0.01] * 3 + [0.02] * 3, x.shape)
+        yield user, label, [(t, x + noise)]
 
 # ---------------------------------------------------------------- prepare: fetch, read, write
 def download(url, path):
@@ -574,42 +573,48 @@ def download(url, path):
     os.replace(part, path)
 
 @functools.lru_cache(maxsize=1)
-def open_zips(paths):
-    """{file name: the open zip that holds it}, for the zips `paths` and the zips inside them."""
+def open_zips(what, raw):
+    """{file name: the open zip that holds it}, of the source's archives and the zips in them."""
     files = {}
-    for path in paths:
+    for url in SOURCES[what].archives:
+        path = Path(raw) / url.split("/")[-1]
+        if not path.is_file():
+            download(url, path)
         try:
             outer = zipfile.ZipFile(path)
-            inner = [name for name in outer.namelist() if name.endswith(".zip")]
-            zips = [outer, *(zipfile.ZipFile(io.BytesIO(outer.read(name))) for name in inner)]
+            zips = [name for name in outer.namelist() if name.endswith(".zip")]
+            inner = [zipfile.ZipFile(io.BytesIO(outer.read(name))) for name in zips]
         except Exception as error:
             raise UserError(f"{path} can't be read as a zip ({error}): replace the file") from None
-        files |= {name: file for file in zips for name in file.namelist()}
+        for archive in [outer, *inner]:
+            files |= dict.fromkeys(archive.namelist(), archive)
     return files
 
-def parts_of(archives, raw, settings):
+def parts_of(settings, raw):
     """{part: names of its files}, sorted; a part is read on its own, and is usually one user."""
-    what, limit, parts = settings["source"], settings["limit_users"], {}
-    if what == "simulated":
-        parts = {f"{user:03d}": [] for user in range(settings["users"])}
-    if what == "folder":
-        files = [path for path in Path(raw).glob("[!.]*") if path.suffix.lower() in OWN]
-        parts = {path.stem: [path] for path in files}
-        require(len(parts) == len(files), f"--raw {raw} has a user as .csv and as .npz; keep one")
-    for name in open_zips(archives):
-        if match := re.search(SOURCES[what].members, name):
-            parts.setdefault(match["part"].zfill(2), []).append(name)
+    what, parts = settings["source"], defaultdict(list)
+    source = SOURCES[what]
+    names = open_zips(what, raw)
     open_zips.cache_clear()                        # each process opens the archives for itself
-    require(parts, f"--raw {raw} holds nothing that can be read as {SOURCES[what].text}: check it")
-    return dict(sorted(parts.items())[:limit if what != "ucihar" else None])   # (train and test)
+    if what == "simulated":
+        names = [f"{user:03d}" for user in range(settings["users"])]
+    elif what == "folder":
+        names = [str(path) for path in Path(raw).glob("[!.]*")]
+    for name in names:
+        if match := re.search(source.members, name):
+            parts[match["part"].zfill(2 if source.rate else 0)].append(name)
+    require(parts, f"--raw {raw} holds nothing that can be read as {source.text}: check it")
+    most = settings["limit_users"] if what != "ucihar" else None               # (train and test)
+    return dict(sorted(parts.items())[:most])
 
-def read_part(archives, settings, part, names):
+def read_part(settings, raw, part, names):
     """Read and cut one part, in a process of its own."""
-    source, files, opened = SOURCES[settings["source"]], open_zips(archives), [part, *names[:1]]
-    parser = files_of if source.rate else globals()[settings["source"].split("_")[0]]
+    what, opened = settings["source"], [part, *names[:1]]
+    source, files = SOURCES[what], open_zips(what, raw)
+    parser = files_of if source.rate else globals()[what.split("_")[0]]
     def read(name):
         opened.append(name)
-        return files[name].read(name)
+        return files[name].read(name) if name in files else b""
     try:
         return cut(parser(part, names, read, settings), round(source.seconds * RATE))
     except UserError:
@@ -619,72 +624,61 @@ def read_part(archives, settings, part, names):
         raise UserError(f"{opened[-1]} can't be read ({error}); wanted: {wanted}") from None
 
 def read_all(settings, raw):
-    """Fetch the archives, read their parts in parallel: windows (n, C, T), rows, the account."""
-    source = SOURCES[settings["source"]]
-    archives = tuple(Path(raw) / url.split("/")[-1] for url in source.archives)
-    for path, url in zip(archives, source.archives):
-        if not path.is_file():
-            download(url, path)
-    parts, account = parts_of(archives, raw, settings), Counter()
-    windows, rows, empty = [], [], []
-    read = functools.partial(read_part, archives, settings)
+    """Read all parts in parallel, and say what became of each: see `cut`."""
+    parts, read = parts_of(settings, raw), functools.partial(read_part, settings, raw)
+    windows, rows, account, empty = [], [], Counter(), []
     import scipy.interpolate, scipy.signal         # once, before the processes are forked
     with ProcessPoolExecutor() as pool:
         for part, (own, own_rows, seconds) in zip(parts, pool.map(read, parts, parts.values())):
-            said = "; ".join([f"{part}: {len(own)} windows", *lines(seconds)])
-            print(said, file=sys.stderr)
-            rows += own_rows
-            account += Counter({why: round(float(n), 2) for why, n in seconds.items()})
-            if len(own):
-                windows.append(own)
-            else:
-                empty.append(said)
+            line = "; ".join([f"{part}: {len(own_rows)} windows", *said(seconds)])
+            print(line, file=sys.stderr)
+            windows, rows, account = windows + own, rows + own_rows, account + seconds
+            if not own:
+                empty.append(line)
     require(windows and not (empty and settings["source"] == "folder"),
-            f"no {source.seconds} s of motion in a stretch, drop: {', '.join(empty)}")
+            f"no {SOURCES[settings['source']].seconds} s of motion in a stretch, drop: "
+            + ", ".join(empty))
     require(len({own.shape[1] for own in windows}) == 1,
             "some users have both sensors, some have one; keep them apart")
     return np.concatenate(windows), rows, account
 
-def lines(account):
-    return [f"{reason} {seconds:.2f} s" for reason, seconds in account.items() if seconds >= 0.01]
+def said(account):
+    """What was left out, and what was mended, in words."""
+    return [f"{why} {seconds:.2f} s" for why, seconds in account.items() if seconds >= 0.01]
 
-def write_set(name, settings, raw, out):
-    """The files of a prepared set, in the folder `out`."""
+def read_set(name, settings, raw):
+    """A set, read from its archives or files: a Prepared."""
     what, source = settings["source"], SOURCES[settings["source"]]
     windows, rows, account = read_all(settings, raw)
-    users, labels, first = zip(*rows)
-    names = sorted({*users}, key=int) if what == "ucihar" else list(dict.fromkeys(users))
-    classes = list(source.classes) or sorted({*labels} - {""})
-    codes = {"": -1} | {label: i for i, label in enumerate(classes)}
-    arrays = {"windows": windows, "users": np.array([names.index(user) for user in users]),
-              "labels": np.array([codes[label] for label in labels])}
-    for part, array in arrays.items():
-        np.save(out / f"{part}.npy", array)
-    firsts = [windows[np.array(first) & (arrays["users"] == user)][:64]
-              for user in range(len(names))]
-    checksums = [[hashlib.sha256(x).hexdigest()[:12] for x in own] for own in firsts]
+    names = sorted({user for user, _ in rows}, key=int if what == "ucihar" else str)
+    classes = list(source.classes) or sorted({label for _, label in rows} - {""})
+    users = np.array([names.index(user) for user, _ in rows])
+    labels = np.array([classes.index(label) if label else -1 for _, label in rows])
+    # The same recordings have the same smallest hashes, whatever else is in their file.
+    checksums = [sorted({hashlib.sha256(x).hexdigest()[:12] for x in windows[users == user]})[:64]
+                 for user in range(len(names))]
     own = {"folder": name, "simulated": f"simulated-{settings.get('seed')}"}
-    sources = [own.get(what, what.split("_")[0])] * len(names)   # WISDM's sets: the same people
-    if all(user.find("_") > 0 for user in names):
-        sources = [user.split("_")[0] for user in names]
-    if settings.get("own_source"):
-        sources = [settings["own_source"]] * len(names)
-    write_json(out / "meta.json", {
+    whose = settings.get("own_source") or own.get(what, what.split("_")[0])    # WISDM's: the same
+    named = all(user.find("_") > 0 for user in names) and not settings.get("own_source")
+    remarks = to_look_at(names, windows, users, checksums)
+    if what == "folder":
+        remarks += about_files(names, raw)
+    return Prepared(windows, users, labels, {
         "name": name, "rate": RATE, "seconds": source.seconds,
-        "channels": CHANNELS[:windows.shape[1]], "users": names, "sources": sources,
+        "channels": CHANNELS[:windows.shape[1]], "users": names,
+        "sources": [user.split("_")[0] if named else whose for user in names],
         "classes": classes, "windows": len(rows), "hours": len(rows) * source.seconds / 3600,
         "left_out": {why: n for why, n in account.items() if not why.startswith("mended")},
         "mended": {why: n for why, n in account.items() if why.startswith("mended")},
-        "remarks": [*remarks(names, windows, arrays["users"]), *same_recordings(names, checksums),
-                    *folder_remarks(what, names, raw)],
+        "remarks": remarks,
         "origin": "; ".join([source.text, *source.archives]),
         "test_users": [user for user in names if user in source.test_users] or None,
-        "checksums": checksums,
-        "settings": settings, "provenance": provenance(), "fingerprint": fingerprint(**arrays)})
+        "checksums": checksums, "settings": settings, "provenance": provenance(),
+        "fingerprint": fingerprint(windows, users, labels)})
 
-def remarks(names, windows, users):
+def to_look_at(names, windows, users, checksums):
     """What to look at before anyone trains: sentences."""
-    found = defaultdict(list)
+    found, owners = defaultdict(list), defaultdict(list)
     for user, name in enumerate(names):
         x = windows[users == user].astype(np.float32)                          # (n, C, T)
         moves = x.std(2) / SCALE[:x.shape[1], 0]
@@ -694,49 +688,48 @@ def remarks(names, windows, users):
             found["hardly moves: was it worn?"].append(name)
         if np.median(np.linalg.norm(x[:, :3].mean(2), axis=1)) < 0.5:
             found["gravity is missing, which encoders expect"].append(name)
-    return [f"{what}: {', '.join(who)}" for what, who in found.items()]
+        for checksum in checksums[user]:
+            owners[checksum].append(name)
+    twice = {" and ".join(who) for who in owners.values() if len(who) > 1}
+    return [*(f"{what}: {', '.join(who)}" for what, who in found.items()),
+            *(f"the same recording of {who}: leave one out, or it is trained on and tested"
+              for who in sorted(twice))]
 
-def same_recordings(names, checksums):
-    owners = defaultdict(dict)
-    for name, own in zip(names, checksums):
-        for one in own:
-            owners[one][name] = True
-    twice = dict.fromkeys(" and ".join(who) for who in owners.values() if len(who) > 1)
-    return [f"the same recording of {who}: leave one out, or it is trained on and tested"
-            for who in twice]
-
-def folder_remarks(what, names, raw):
+def about_files(names, raw):
     """Of own recordings: files that aren't read, and names that look like sessions of a person."""
-    if what != "folder":
-        return []
-    others = [path.name for path in Path(raw).glob("[!.]*") if path.suffix.lower() not in OWN]
-    said = [f"not read, no .csv or .npz: {', '.join(sorted(others))}"] if others else []
+    files = sorted(path.name for path in Path(raw).glob("[!.]*"))
+    others = [file for file in files if not re.search(SOURCES["folder"].members, file)]
+    remarks = [f"not read, no .csv or .npz: {', '.join(others)}"] * any(others)
     stems = Counter(re.split(r"[-_. ]|(?<=\d)(?=[a-zA-Z])", name)[0] for name in names)
-    few = max(stems.values()) < 8 or re.search(r"\d", "".join(stems))     # else sources, with users
-    if len(stems) > 1 and min(stems.values()) > 1 and few:
-        said.append(f"{len(stems)} sources with {max(stems.values())} users each, by the names of "
-                    f"the files ({', '.join([*stems][:9])}). If these are sessions of a person, "
-                    "make them one file (t may start again), or they are trained on and tested")
-    return said
+    most, least = max(stems.values()), min(stems.values())
+    few = most < 8 or re.search(r"\d", "".join(stems))           # else these are sources of users
+    if len(stems) > 1 and least > 1 and few:
+        remarks.append(f"{len(stems)} sources with {most} users each, by the names of the files "
+                       f"({', '.join([*stems][:9])}). If these are sessions of a person, make them "
+                       "one file (t may start again), or they are trained on and tested")
+    return remarks
 
 def prepare(name, settings, raw, force=False):
     """Make data/NAME/ unless it has the same settings; an old set stays until the new is whole."""
     target = Path("data") / name
-    if settings["source"] == "folder":
-        files = parts_of((), raw, settings).items()
-        settings["recordings"] = {user: zlib.crc32(path.read_bytes()) for user, [path] in files}
     require(not target.exists() or (target / "meta.json").is_file(),
             f"{target} is no data set and is left as it is: delete it or give another --name")
+    if settings["source"] == "folder":
+        settings["recordings"] = {user: zlib.crc32(Path(file).read_bytes())
+                                  for user, [file, *_] in parts_of(settings, raw).items()}
     if target.exists() and not force:
         made = load_one(name).meta["settings"]
         differ = [key for key in made | settings if made.get(key) != settings.get(key)]
         require(not differ, f"{target} differs in {', '.join(differ)}: give --name or --force")
         return print("prepared already:", describe(name))
+    *arrays, meta = read_set(name, settings, raw)
     target.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}.", dir="data") as work:
         made = Path(work) / "made"
         made.mkdir()
-        write_set(name, settings, raw, made)
+        for part, array in zip(Prepared._fields, arrays):
+            np.save(made / f"{part}.npy", array)
+        write_json(made / "meta.json", meta)
         if target.exists():
             target.rename(Path(work) / "replaced")
         made.rename(target)
@@ -746,27 +739,26 @@ def prepare(name, settings, raw, force=False):
 Prepared = namedtuple("Prepared", "windows users labels meta")   # (n, C, T), (n,), (n,), a dict
 
 def load(name, root="data"):
-    """The prepared set `name`, or several as one ("a+b"): users side by side, classes by name.
-    UserError if one is missing or damaged, or if they don't fit together."""
-    sets = [load_one(part, root) for part in name.split("+")]
-    if len(sets) == 1:
-        return sets[0]
-    meta = {key: sets[0].meta[key] for key in ("rate", "seconds", "channels")}
-    require(all(meta.items() <= part.meta.items() for part in sets), f"{name}: {[*meta]} differ")
-    classes = sorted({label for part in sets for label in part.meta["classes"]})
-    everyone, users, labels = [], [], []
-    for part in sets:
-        twice = [part.meta["users"][user] for user in known(part.meta, everyone)]
-        require(not twice, f"{name}: a person is in two sets: {', '.join(twice)}; drop one set")
-        users.append(part.users + len(everyone))
-        everyone += identities(part.meta)
-        codes = np.array([*map(classes.index, part.meta["classes"]), -1])
-        labels.append(codes[part.labels])                                      # -1 stays
-    windows, users, labels = map(np.concatenate, ([part.windows for part in sets], users, labels))
-    meta["sources"], meta["users"], meta["checksums"] = map(list, zip(*everyone))
-    return Prepared(windows, users, labels, meta | {
-        "name": name, "classes": classes, "test_users": None, "windows": len(windows),
-        "fingerprint": fingerprint(windows, users, labels)})
+    """The prepared set `name`, or several as one ("a+b"). UserError if one is missing or damaged,
+    or if they don't fit together."""
+    return functools.reduce(pooled, [load_one(part, root) for part in name.split("+")])
+
+def pooled(a, b):
+    """Two sets as one: users side by side, classes by name."""
+    meta = {key: a.meta[key] for key in ("rate", "seconds", "channels")}
+    name = f"{a.meta['name']}+{b.meta['name']}"
+    require(meta.items() <= b.meta.items(), f"{name}: {[*meta]} differ")
+    twice = [b.meta["users"][user] for user in known(b.meta, identities(a.meta))]
+    require(not twice, f"{name}: a person is in two sets: {', '.join(twice)}; drop one set")
+    for key in ("users", "sources", "checksums", "windows", "hours"):
+        meta[key] = a.meta[key] + b.meta[key]
+    classes = sorted({*a.meta["classes"], *b.meta["classes"]})
+    labels = [np.array([*map(classes.index, one.meta["classes"]), -1])[one.labels]   # -1 stays
+              for one in (a, b)]
+    users = a.users, b.users + len(a.meta["users"])
+    arrays = [*map(np.concatenate, ((a.windows, b.windows), users, labels))]
+    return Prepared(*arrays, meta | {"name": name, "classes": classes, "test_users": None,
+                                     "fingerprint": fingerprint(*arrays)})
 
 def load_one(name, root="data"):
     folder = Path(root) / name
@@ -775,8 +767,8 @@ def load_one(name, root="data"):
         meta = json.loads((folder / "meta.json").read_text())
         arrays = [np.load(folder / f"{part}.npy", mmap_mode="r") for part in Prepared._fields[:3]]
         if fingerprint(*arrays) == meta["fingerprint"]:
-            unknown = {"checksums": [[]] * len(meta["users"]), "mended": {}, "remarks": []}
-            return Prepared(*arrays, unknown | meta)                           # of an older set
+            older = {"checksums": [[]] * len(meta["users"]), "mended": {}, "remarks": []}
+            return Prepared(*arrays, older | meta)
     raise UserError(f"{folder} is damaged or was changed; prepare the set again with --force")
 
 def fingerprint(windows, users, labels):
@@ -784,26 +776,25 @@ def fingerprint(windows, users, labels):
     digest = hashlib.sha256(f"{windows.shape} {windows.dtype}".encode())
     chosen = np.linspace(0, len(windows) - 1, min(len(windows), 4096)).astype(int)
     for array in (users.astype("<i8"), labels.astype("<i8"), windows[chosen]):
-        digest.update(np.ascontiguousarray(array).tobytes())
+        digest.update(array.tobytes())
     return digest.hexdigest()
 
 def people(meta, users=None):
     """Who the users are, whatever the set is called: [(source, user name), ...]."""
-    everyone = list(zip(meta["sources"], meta["users"]))
-    return everyone if users is None else [everyone[user] for user in users]
+    return [(source, name) for source, name, _ in identities(meta, users)]
 
 def identities(meta, users=None):
     """The same with the checksums of their recordings: [[source, name, [checksum, ...]], ...]."""
-    everyone = [[*who, own] for who, own in zip(people(meta), meta["checksums"])]
+    everyone = [[*who] for who in zip(meta["sources"], meta["users"], meta["checksums"])]
     return everyone if users is None else [everyone[user] for user in users]
 
 def known(meta, trained_on):
     """The users who are among `trained_on` (of `identities`; older runs have no checksums), by
     source and name, or by one of their recordings."""
-    names = {(source, name) for source, name, *_ in trained_on}
-    recordings = {one for _, _, *checksums in trained_on for own in checksums for one in own}
-    return [user for user, who in enumerate(people(meta))
-            if who in names or recordings & {*meta["checksums"][user]}]
+    def marks(source, name, checksums=()):
+        return {(source, name), *checksums}
+    seen = set().union(*(marks(*who) for who in trained_on))
+    return [user for user, who in enumerate(identities(meta)) if seen & marks(*who)]
 
 def windows_at(prepared, rows, sensors):
     """The windows `rows` as a model reads them, (n, C, T) float32, divided by SCALE: of "both"
@@ -825,12 +816,11 @@ def describe(name):
     """A prepared set in a line; then its classes, its account, and what to look at."""
     _, _, labels, meta = load_one(name)
     size = f"{len(meta['users'])} users, {meta['hours']:.2f} hours, {meta['windows']} windows"
-    counts = np.bincount(labels + 1, minlength=len(meta["classes"]) + 1)
-    classes = [f"{label} {n}" for label, n in zip(["no label", *meta["classes"]], counts) if n]
-    left_out = [f"left out: {reason}" for reason in lines(meta["left_out"])]
+    counts = zip(*np.unique(labels, return_counts=True))
+    classes = [f"{[*meta['classes'], 'no label'][label]} {n}" for label, n in counts]
     return "\n  ".join([f"{name}: {size}, {len(meta['classes'])} classes; {meta['origin']}",
                         f"windows of each class: {', '.join(classes)}",
-                        *left_out, *lines(meta["mended"]), *meta["remarks"]])
+                        *said(meta["left_out"] | meta["mended"]), *meta["remarks"]])
 
 def overview():
     """A line for each data set."""
@@ -851,37 +841,29 @@ def plot(name):
         x = np.hstack(windows[chosen]).T           # (3 T, C)
         curves = ax.plot(np.arange(len(x)) / meta["rate"], x, lw=0.8)
         ax.set_title([*meta["classes"], "no label"][label], parse_math=False)
-    ax.set_xlabel("s")
     units = [f"{channel} ({SENSORS[channel[:-2]].unit})" for channel in meta["channels"]]
-    figure.legend(curves, units, loc="outside right upper")
-    with replacing(Path("data") / name / "plot.png") as temporary:
-        figure.savefig(temporary, dpi=90)
-    print(f"data/{name}/plot.png shows {3 * len(kinds)} windows")
+    figure.legend(curves, units, loc="outside right upper", title="over seconds")
+    path = f"data/{name}/plot.png"
+    figure.savefig(path, dpi=90)
+    print(f"{path} shows {3 * len(kinds)} windows")
 
-FLAGS = {                # name: (default, range or choices, what it does)
+FLAGS = {  # name: (default, range or choices, what it does: of one source, if it begins with one)
     "raw": ("data/raw", str, "folder of the archives or the recordings"),
     "name": (None, str, "prepare it as data/NAME/; without it, under the name of the source"),
     "limit_users": (None, number(int, 1), "only the first so many users, for a quick look"),
     "force": (False, bool, "replace a set that is prepared already"),
-}
-OWN_FLAGS = {            # of one source
-    "simulated": {
-        "users": (40, number(int, 1), "simulated: number of people"),
-        "hours_per_user": (0.5, number(float, 1e-3, 1e4), "simulated: hours of each person"),
-        "spread": (1.0, number(float, 0, 1e4), "simulated: how people differ; 0: clones"),
-        "seed": (0, int, "simulated: another seed, other people"),
-    },
-    "folder": {
-        "source": (None, str, "folder: whose recordings these are; without it, what stands before "
-                   "the first _ of the files' names, if all have one, or the name of the set"),
-        **{f"{name}_unit": (sensor.unit, [*sensor.units], "folder: its unit in the files")
-           for name, sensor in SENSORS.items()},
-    },
+    "users": (40, number(int, 1), "simulated: number of people"),
+    "hours_per_user": (0.5, number(float, 1e-3, 1e4), "simulated: hours of each person"),
+    "spread": (1.0, number(float, 0, 1e4), "simulated: how people differ; 0: clones"),
+    "seed": (0, int, "simulated: another seed, other people"),
+    "source": (None, str, "folder: whose recordings these are; without it, what stands before the "
+               "first _ of the files' names, if all have one, or the name of the set"),
+    **{f"{name}_unit": (sensor.unit, [*sensor.units], "folder: its unit in the files")
+       for name, sensor in SENSORS.items()},
 }
 
 def main():
-    flags = {**FLAGS, **OWN_FLAGS["simulated"], **OWN_FLAGS["folder"]}
-    parser = build_parser(flags, __doc__)
+    parser = build_parser(FLAGS, __doc__)
     parser.add_argument("what", nargs="?", choices=[*SOURCES, "plot"], help="without: a list")
     parser.add_argument("which", nargs="?", default="", help="with plot: the prepared set")
     a = parser.parse_args()
@@ -891,7 +873,8 @@ def main():
         return overview()
     name = a.name or a.what
     require(re.fullmatch(r"[A-Za-z0-9][\w.-]*", name), f"--name {name}: use letters, digits, _.-")
-    own = {flag: getattr(a, flag) for flag in OWN_FLAGS.get(a.what, ())}
+    own = {flag: getattr(a, flag) for flag, (_, _, meaning) in FLAGS.items()
+           if meaning.startswith(a.what + ":")}
     if a.what == "folder":
         own["own_source"] = own.pop("source")
     settings = {"source": a.what, **own, "limit_users": a.limit_users}
