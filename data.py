@@ -442,7 +442,7 @@ def read_csv(path):
     text = path.read_text("utf-8-sig").splitlines()
     reader = csv.reader(text, delimiter=max(";\t,", key=text[0].count))
     header = [column.strip().lower() for column in next(reader)]
-    axes = [axis for sensor in SENSORS.values() for axis in sensor.columns if axis in header]
+    sensors = [sensor.columns for sensor in SENSORS.values() if {*sensor.columns} & {*header}]
     table, labels = [], []
     for row in reader:
         if not any(map(str.strip, row)):
@@ -451,7 +451,7 @@ def read_csv(path):
         require(len(row) == len(header),
                 f"{where}: {len(row)} fields for {len(header)} of the header")
         fields = dict(zip(header, row))
-        table.append([value_of(fields[column]) for column in ["t", *axes]])
+        table.append([value_of(fields[column]) for column in ["t", *sum(sensors, [])]])
         require(not math.isnan(table[-1][0]), f"{where}: no number or date as t")
         labels.append(fields.get("label", ""))
     table = np.array(table)
@@ -843,8 +843,9 @@ def plot(name):
         ax.set_title([*meta["classes"], "no label"][label], parse_math=False)
     units = [f"{channel} ({SENSORS[channel[:-2]].unit})" for channel in meta["channels"]]
     figure.legend(curves, units, loc="outside right upper", title="over seconds")
-    path = f"data/{name}/plot.png"
-    figure.savefig(path, dpi=90)
+    path = Path("data") / name / "plot.png"
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=90)
     print(f"{path} shows {3 * len(kinds)} windows")
 
 FLAGS = {  # name: (default, range or choices, what it does: of one source, if it begins with one)
