@@ -36,23 +36,6 @@ CHANNELS = [f"{name}_{axis}" for name in SENSORS for axis in "xyz"]
 SCALE = np.float32([[sensor.scale] for sensor in SENSORS.values() for _ in "xyz"])     # (C, 1)
 
 # ---------------------------------------------------------------- stamps to a clock
-def mean_step(t):
-    """Seconds a row of stamps t (n,): the mean over lags of 256 rows, of those near their median,
-    so that a gap, a leap, a step back, or rows that come in bursts, don't count."""
-    lag = max(1, min(256, len(t) // 4))
-    lags = t[lag:] - t[:-lag]
-    typical = np.median(lags)
-    step = np.mean(lags[np.abs(lags - typical) <= abs(typical) / 2]) / lag
-    return step if step > 0 else np.ptp(t) / len(t)
-
-def in_order(t):
-    """The rows (n,) of stamps t (n,) in order of time, if that is unambiguous: sorting leaves fewer
-    than half as many rows too close. Else as they stand: the clock was set back, or restarted."""
-    steps, order = np.diff(t), np.argsort(t, kind="stable")
-    close = 0.6 * np.median(np.abs(steps[steps != 0])) if steps.any() else 0
-    mends = np.sum(np.diff(t[order]) < close) < np.sum(steps < close) / 2
-    return order if mends else np.arange(len(t))
-
 def clock(t):
     """Stamps t (n,) -> times (n,), seconds a row, and why each row is dropped ("": it isn't).
     Stamps that come in bursts, or were rounded, are spread evenly: by a mean over 10 s."""
@@ -160,12 +143,6 @@ def held_out_users(meta):
         held_out = ranked[:max(2, len(ranked) // 5)]
         half_a, half_b = half_a + held_out[::2], half_b + held_out[1::2]
     return half_a, half_b
-
-def held_out_windows(prepared, users, most=64):
-    """Rows (n,) of the windows that are evaluated: at most `most` of each user, evenly spread."""
-    rows = [np.flatnonzero(prepared.users == user) for user in users]
-    even = [np.linspace(0, n - 1, min(most, n)).astype(int) for n in map(len, rows)]
-    return np.concatenate([user_rows[chosen] for user_rows, chosen in zip(rows, even)])
 
 def training_users(meta, seed):
     """Users that aren't held out, in the seeded random order a grid takes them, sources in turn."""
@@ -311,7 +288,24 @@ def random_stream(*key):
     """A random generator for each use, by name: random_stream(seed, "masks", step)."""
     return np.random.default_rng([zlib.crc32(str(part).encode()) for part in key])
 
-# ---------------------------------------------------------------- what can't be motion
+# ---------------------------------------------------------------- stamps and rows that can't be
+def mean_step(t):
+    """Seconds a row of stamps t (n,): the mean over lags of 256 rows, of those near their median,
+    so that a gap, a leap, a step back, or rows that come in bursts, don't count."""
+    lag = max(1, min(256, len(t) // 4))
+    lags = t[lag:] - t[:-lag]
+    typical = np.median(lags)
+    step = np.mean(lags[np.abs(lags - typical) <= abs(typical) / 2]) / lag
+    return step if step > 0 else np.ptp(t) / len(t)
+
+def in_order(t):
+    """The rows (n,) of stamps t (n,) in order of time, if that is unambiguous: sorting leaves fewer
+    than half as many rows too close. Else as they stand: the clock was set back, or restarted."""
+    steps, order = np.diff(t), np.argsort(t, kind="stable")
+    close = 0.6 * np.median(np.abs(steps[steps != 0])) if steps.any() else 0
+    mends = np.sum(np.diff(t[order]) < close) < np.sum(steps < close) / 2
+    return order if mends else np.arange(len(t))
+
 def no_reading(x, sensor, step):
     """(n,): rows of x (n, C) that can't be motion: no number, or more than a sensor gives; three
     equal axes of all sensors, not at rest (0, 0, 0 g; -999); one row for longer than GAP."""
@@ -796,6 +790,12 @@ def known(meta, trained_on):
     seen = set().union(*(marks(*who) for who in trained_on))
     return [user for user, who in enumerate(identities(meta)) if seen & marks(*who)]
 
+def held_out_windows(prepared, users, most=64):
+    """Rows (n,) of the windows that are evaluated: at most `most` of each user, evenly spread."""
+    rows = [np.flatnonzero(prepared.users == user) for user in users]
+    even = [np.linspace(0, n - 1, min(most, n)).astype(int) for n in map(len, rows)]
+    return np.concatenate([user_rows[chosen] for user_rows, chosen in zip(rows, even)])
+
 def windows_at(prepared, rows, sensors):
     """The windows `rows` as a model reads them, (n, C, T) float32, divided by SCALE: of "both"
     (all sensors) or of one. UserError if the set lacks it."""
@@ -818,9 +818,10 @@ def describe(name):
     size = f"{len(meta['users'])} users, {meta['hours']:.2f} hours, {meta['windows']} windows"
     counts = zip(*np.unique(labels, return_counts=True))
     classes = [f"{[*meta['classes'], 'no label'][label]} {n}" for label, n in counts]
+    left_out = [f"left out: {line}" for line in said(meta["left_out"])]
     return "\n  ".join([f"{name}: {size}, {len(meta['classes'])} classes; {meta['origin']}",
                         f"windows of each class: {', '.join(classes)}",
-                        *said(meta["left_out"] | meta["mended"]), *meta["remarks"]])
+                        *left_out, *said(meta["mended"]), *meta["remarks"]])
 
 def overview():
     """A line for each data set."""

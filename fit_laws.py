@@ -297,7 +297,7 @@ def grid_study(table):
              "models": dict(zip(models, table["params_encoder"])), "held_out": {},
              "y": "loss", "n": len(table["loss"])}
     if not law.ranges:
-        print("note: no law: it takes three numbers of users, and six settings of users and time")
+        print("note: no law, which takes three numbers of users and six settings of users and time")
         return first
     tops = {x: table[x] == table[x].max() for x in SETTINGS}
     tops = {x: top for x, top in tops.items()
@@ -432,7 +432,8 @@ def predict(path, cells, out):
     *settings, y = rows
     table = read_csv(cells, settings)
     losses, band = expected(first, formula, table)
-    others = forecasts(rows, table, y, settings, settings[0])
+    beyond = [x for x in settings if max(table[x]) > 1.01 * max(rows[x])] or settings
+    others = forecasts(rows, table, y, settings, beyond[0])
     finite = {who: np.where(np.isfinite(each), each, None) for who, each in others.items()}
     prediction = [{"name": str(name), "loss": losses[i], "single_run": band[:, i],
                    "forecasters": {who: each[i] for who, each in finite.items()}}
@@ -489,7 +490,7 @@ def duration(hours):
 def verdict(question, yes, no, value, ci95, margin=None, needs="more seeds or users", **more):
     """Holds if its margin, by default the interval, is above 0; fails if that is below."""
     low, high = margin or ci95 or (0, 0)
-    needs = needs if margin or ci95 else "three seeds, with runs to compare"
+    needs = needs if margin or ci95 else "three seeds"
     decision, answer = "can't tell here", f"Not decided by this grid: it needs {needs}."
     if low > 0:
         decision, answer = "holds", yes
@@ -591,8 +592,7 @@ def screen(table, first, verdicts, drawn, out):
         cells = [row["loss"][row["hours_per_user"] == time] for time in times]
         print(f"{users:8.0f}", *(f"{cell.mean():8.4f}" if len(cell) else f"{'-':>8}"
                                  for cell in cells))
-    said = [verdict["text"] for claim, verdict in verdicts.items()
-            if claim != "capacity_interaction" or len(first["models"]) > 1]
+    said = [verdict["text"] for verdict in verdicts.values() if verdict["value"] is not None]
     print("", *(f"- {text}" for text in said), "", sep="\n")
     for name in [*drawn][:1]:
         print(f"Open {out / name}.png; numbers and intervals are in {out / 'laws.json'}.")
@@ -716,7 +716,8 @@ def main():
     for name, ax in drawn.items():
         with replacing(a.out / f"{name}.png") as path:
             ax.figure.savefig(path, dpi=150)
-    show(first)
+    if first["fits"]:
+        show(first)
     if verdicts:
         screen(table, first, verdicts, drawn, a.out)
 

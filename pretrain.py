@@ -139,20 +139,6 @@ def train(state, prepared, rows, held, flags):
             record(state, evaluate(state.average, held), flags, step_flops)
         yield
 
-def record(state, losses, flags, step_flops):
-    """Note the losses (people,) of the averaged weights, print a line, keep the best weights."""
-    since = state.step - (state.history[-1]["step"] if state.history else 0)
-    train_loss, loss = float(state.train_loss) / since, losses.mean().item()
-    state.train_loss = 0.0
-    state.history.append({
-        "step": state.step, "train_loss": train_loss, "loss": loss, "people": losses.tolist(),
-        "seconds": round(state.seconds, 3), "flops": state.step * step_flops})
-    if best_step(state.history) == state.step:
-        state.best = copy.deepcopy(state.average.state_dict())
-    left = state.seconds / state.step * (flags.steps - state.step)
-    print(f"step {state.step:6d}  train {train_loss:.4f}  held-out {loss:.4f}  "
-          f"{state.seconds:.0f} s, at most {left:.0f} s left", flush=True)
-
 # ---------------------------------------------------------------- the held-out loss, and the end
 @torch.no_grad()
 def evaluate(loss_of, held):
@@ -244,6 +230,20 @@ def choose_device(name):
         raise UserError(f"--device {name}: take another; {str(error).splitlines()[0]}") from None
 
 # ---------------------------------------------------------------- a run is never lost
+def record(state, losses, flags, step_flops):
+    """Note the losses (people,) of the averaged weights, print a line, keep the best weights."""
+    since = state.step - (state.history[-1]["step"] if state.history else 0)
+    train_loss, loss = float(state.train_loss) / since, losses.mean().item()
+    state.train_loss = 0.0
+    state.history.append({
+        "step": state.step, "train_loss": train_loss, "loss": loss, "people": losses.tolist(),
+        "seconds": round(state.seconds, 3), "flops": state.step * step_flops})
+    if best_step(state.history) == state.step:
+        state.best = copy.deepcopy(state.average.state_dict())
+    left = state.seconds / state.step * (flags.steps - state.step)
+    print(f"step {state.step:6d}  train {train_loss:.4f}  held-out {loss:.4f}  "
+          f"{state.seconds:.0f} s, at most {left:.0f} s left", flush=True)
+
 def save_checkpoint(run, state):
     """Write checkpoint.pt and metrics.jsonl. UserError if a weight or a loss isn't finite."""
     losses = torch.tensor([line["loss"] for line in state.history])

@@ -83,6 +83,14 @@ def test_the_first_screen_of_the_readme_has_the_losses_of_the_experiment():
     baseline, = {f"{float(row['baseline_loss']):.3f}".lstrip("0") for row in rows}
     assert f"({baseline}: " in screen
 
+def test_the_quarter_of_an_hour_on_real_people_has_the_losses_of_its_table():
+    rows = list(csv.DictReader(open(ROOT / "results/real/results.csv")))
+    quoted = re.findall(r"(\d+) people x \d+ (?:s|min) (\.\d+)", (ROOT / "README.md").read_text())
+    assert len(quoted) == 4
+    for users, loss in quoted:
+        losses = [float(row["loss"]) for row in rows if row["users"] == users]
+        assert len(losses) == 5 and rounded(np.mean(losses), loss), (users, losses)
+
 def test_pages_are_short_and_what_they_name_exists():
     for page in ["README.md", *PAGES]:
         text, folder = (ROOT / page).read_text(), (ROOT / page).parent
