@@ -10,8 +10,8 @@ Recordings to windows: every data set, cut in the same way.
     python data.py wisdm_watch                      # a published archive, downloaded if missing
     python data.py folder --raw my_recordings --name mine
 """
-import argparse, contextlib, csv, functools, hashlib, importlib.metadata, io, itertools, json, math
-import operator, os, re, subprocess, sys, tempfile, zipfile, zlib
+import argparse, contextlib, csv, datetime, functools, hashlib, importlib.metadata, io, itertools
+import json, math, operator, os, re, subprocess, sys, tempfile, zipfile, zlib
 from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
@@ -437,6 +437,7 @@ def read_csv(path):
     reader = csv.reader(text, delimiter=max(";\t,", key=text[0].count))
     header = [column.strip().lower() for column in next(reader)]
     sensors = [sensor.columns for sensor in SENSORS.values() if {*sensor.columns} & {*header}]
+    columns = [header.index(column) for column in ["t", *sum(sensors, [])]]
     table, labels = [], []
     for row in reader:
         if not any(map(str.strip, row)):
@@ -444,10 +445,9 @@ def read_csv(path):
         where = f"{path}, row {reader.line_num}"
         require(len(row) == len(header),
                 f"{where}: {len(row)} fields for {len(header)} of the header")
-        fields = dict(zip(header, row))
-        table.append([value_of(fields[column]) for column in ["t", *sum(sensors, [])]])
+        table.append([value_of(row[column]) for column in columns])
         require(not math.isnan(table[-1][0]), f"{where}: no number or date as t")
-        labels.append(fields.get("label", ""))
+        labels.append(row[header.index("label")] if "label" in header else "")
     table = np.array(table)
     return {"t": table[:, 0], "signal": table[:, 1:], "label": np.array(labels)}
 
@@ -457,7 +457,8 @@ def value_of(text):
     with contextlib.suppress(ValueError):
         return float(text)
     with contextlib.suppress(ValueError):
-        return np.datetime64(text.rstrip("Z"), "ns").astype(float) / 1e9
+        date = datetime.datetime.fromisoformat(text)
+        return (date if date.tzinfo else date.replace(tzinfo=datetime.UTC)).timestamp()
     return math.nan
 
 def one_spelling(label):
@@ -648,13 +649,12 @@ def read_set(name, settings, raw):
     classes = list(source.classes) or sorted({label for _, label in rows} - {""})
     users = np.array([names.index(user) for user, _ in rows])
     labels = np.array([classes.index(label) if label else -1 for _, label in rows])
-    # The same recordings have the same smallest hashes, whatever else is in their file.
-    checksums = [sorted({hashlib.sha256(x).hexdigest()[:12] for x in windows[users == user]})[:64]
-                 for user in range(len(names))]
+    hashes = [[hashlib.sha256(x).hexdigest()[:12] for x in windows[users == user]]
+              for user in range(len(names))]
     own = {"folder": name, "simulated": f"simulated-{settings.get('seed')}"}
     whose = settings.get("own_source") or own.get(what, what.split("_")[0])    # WISDM's: the same
     named = all(user.find("_") > 0 for user in names) and not settings.get("own_source")
-    remarks = to_look_at(names, windows, users, checksums)
+    remarks = to_look_at(names, windows, users, hashes)
     if what == "folder":
         remarks += about_files(names, raw)
     return Prepared(windows, users, labels, {
@@ -667,10 +667,11 @@ def read_set(name, settings, raw):
         "remarks": remarks,
         "origin": "; ".join([source.text, *source.archives]),
         "test_users": [user for user in names if user in source.test_users] or None,
-        "checksums": checksums, "settings": settings, "provenance": provenance(),
-        "fingerprint": fingerprint(windows, users, labels)})
+        # The same recordings have the same smallest hashes, whatever else is in their file.
+        "checksums": [sorted({*own})[:64] for own in hashes], "settings": settings,
+        "provenance": provenance(), "fingerprint": fingerprint(windows, users, labels)})
 
-def to_look_at(names, windows, users, checksums):
+def to_look_at(names, windows, users, hashes):
     """What to look at before anyone trains: sentences."""
     found, owners = defaultdict(list), defaultdict(list)
     for user, name in enumerate(names):
@@ -682,12 +683,11 @@ def to_look_at(names, windows, users, checksums):
             found["hardly moves: was it worn?"].append(name)
         if np.median(np.linalg.norm(x[:, :3].mean(2), axis=1)) < 0.5:
             found["gravity is missing, which encoders expect"].append(name)
-        for checksum in checksums[user]:
-            owners[checksum].append(name)
-    twice = {" and ".join(who) for who in owners.values() if len(who) > 1}
+        for one in hashes[user]:
+            owners[one].append(name)
+    twice = {" and ".join(dict.fromkeys(who)) for who in owners.values() if len(who) > 1}
     return [*(f"{what}: {', '.join(who)}" for what, who in found.items()),
-            *(f"the same recording of {who}: leave one out, or it is trained on and tested"
-              for who in sorted(twice))]
+            *(f"the same recording twice: {who}: leave one out" for who in sorted(twice))]
 
 def about_files(names, raw):
     """Of own recordings: files that aren't read, and names that look like sessions of a person."""
