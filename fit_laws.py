@@ -197,9 +197,9 @@ def read_csv(path, needed, from_0=()):
     except (OSError, ValueError, csv.Error):
         raise UserError(f"{path} is no CSV table or folder of runs: name one") from None
     require(len(rows) > 1, f"{path} has no rows: give a header and a line per row")
-    names = rows.pop(min(rows))
+    names = [name.strip() for name in rows.pop(min(rows))]
     require(len({*names}) == len(names), f"{path} has a column twice in {names}: rename one")
-    absent = [name for name in needed if name not in names]
+    absent = sorted({*needed} - {*names})
     require(not absent, f"{path} has no column {absent} (name factors by --x); it has "
             f"{', '.join(names)[:200]}")
     for line, row in rows.items():
