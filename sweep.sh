@@ -71,7 +71,7 @@ work() {         # on a cell, in a shell of its own; say a line
 cost() {         # of all cells, from 15 steps of each model
     local try m; try=$(mktemp -d)
     for m in "${models[@]}"; do
-        eval "$(command_of "${cells[0]%-*-*}-$m-s${seeds[0]}") --threads $threads --steps 15 --out $try/$m" > /dev/null
+        eval "$(command_of "${cells[0]%-*-*}-$m-s${seeds[0]}") --threads $threads --steps 15 --out '$try/$m'" > /dev/null
     done
     grep -rhE '^ "(flops|seconds)"' "$try" | awk -F '[:,]' -v n=${#cells[@]} -v steps="$STEPS" '
         { mean[$1] += $2 * steps / 15 / '${#models[@]}' }
