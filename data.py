@@ -1,7 +1,7 @@
 """
 Recordings to windows: every data set, cut in the same way.
 
-    archive, folder or simulation    20-200 Hz, stamps as they came
+    archive, folder or simulation    5-900 Hz, stamps as they came
       -> stretches (t, x)            rising stamps without a gap; g (with gravity), rad/s
       -> windows (n, C, T)           20 Hz, sensors on one clock, 10 s = 200 samples, no overlap
       -> data/NAME/                  windows.npy float16, users.npy, labels.npy, meta.json
@@ -21,11 +21,11 @@ import scipy                                       # submodules are imported at 
 
 RATE, SECONDS = 20, 10                             # Hz, s: a window has 200 samples
 GAP = 0.5                                          # s without a new reading: a stretch ends
-LARGEST = 200                                      # in any unit of SENSORS: no sensor gives it
+LARGEST = 200                                      # g or rad/s: no body sensor gives it
 GRAVITY, DEGREE = 9.80665, np.pi / 180             # m/s^2 in 1 g, rad in 1 degree
 
 # A sensor has three axes. columns: in a csv. units: factors to its unit. scale: a model's input is
-# divided by it. rest: the norm of its axes at rest, from, to. usual: nine in ten are below.
+# divided by it. rest: lowest and highest norm when still. usual: 9 norms in 10 are below it.
 Sensor = namedtuple("Sensor", "columns unit units scale rest usual")
 SENSORS = {
     "acc": Sensor(["ax", "ay", "az"], "g", {"g": 1, "m/s2": 1 / GRAVITY}, 0.7, (0.5, 1.5), 8),
@@ -35,21 +35,23 @@ SENSOR_CHOICES = ["both", *SENSORS]
 CHANNELS = [f"{name}_{axis}" for name in SENSORS for axis in "xyz"]
 SCALE = np.float32([[sensor.scale] for sensor in SENSORS.values() for _ in "xyz"])     # (C, 1)
 
+# Below the line: mean_step (seconds a row), in_order, no_reading (rows that can't be motion),
+# random_stream (a generator by name), require (or an error is said).
 # ---------------------------------------------------------------- stamps to a clock
 def clock(t):
-    """Stamps t (n,) -> times (n,), seconds a row, and why each row is dropped ("": it isn't).
-    Stamps that come in bursts, or were rounded, are spread evenly: by a mean over 10 s."""
+    """Stamps t (n,) -> times (n,), seconds a row, and for each row why it is dropped, or "". Stamps
+    that come in bursts, or were rounded, are spread evenly: by a mean over 10 s."""
     t, steps, step = t.copy(), np.diff(t), mean_step(t)
-    burst = steps < min(step / 4, 0.004)           # no body sensor takes rows so fast
+    burst = steps < min(step / 4, 0.004)           # far closer than the mean step
     uneven = burst.mean() > 0.05
     pause = np.median(steps[~burst]) if uneven else 0                          # between bursts
     why = np.full(len(t), "", object)
     why[1:][(steps == 0) & ~uneven] = "stamps that repeat"
     ends = np.flatnonzero((steps < -pause) | (steps > max(GAP, 2 * pause))) + 1
     for rows in np.split(np.arange(len(t)), ends):
-        width = min(round(SECONDS / step), len(rows) - 1) // 2 * 2 + 1
+        width = min(round(SECONDS / step), len(rows) - 1) // 2 * 2 + 1         # rows, odd
         if len(rows) * step < GAP:
-            why[rows] = "stretches of less than 0.5 s"
+            why[rows] = f"stretches of less than {GAP} s"
         elif uneven and width > 1:
             t[rows] = scipy.signal.savgol_filter(t[rows], width, 1)
             pace = np.diff(t[rows])
@@ -58,24 +60,24 @@ def clock(t):
     return t, step, why
 
 def stretches(stream, sensor):
-    """Stamps t (n,) in s and readings x (n, C), of `sensor` and maybe more -> [(t, x), ...] whose
-    stamps rise without a gap, seconds a row, and the account (see `cut`)."""
+    """Stamps t (n,) in s and readings x (n, C) of one clock, first of `sensor` -> [(t, x), ...]
+    whose stamps rise without a gap, seconds a row, and the account (see cut)."""
     t, x = stream
     known = np.isfinite(t)
     if len(np.unique(t[known])) < 2:
-        return [], 0, Counter({reason: len(t) / RATE for reason in ("no stamps", "all")})
+        return [], 0, Counter({"no stamps": len(t) / RATE, "all": len(t) / RATE})
     row = np.arange(len(t))
-    t = np.interp(row, row[known], t[known])
+    t = np.interp(row, row[known], t[known])       # missing stamps are filled
     order = in_order(t)
     x, stamps = x[order], t[order]
     t, step, why = clock(stamps)
     why[(why == "") & no_reading(x, sensor, step)] = "no reading"
-    kept = row[why == ""]
+    kept = np.flatnonzero(why == "")
     steps = np.diff(t[kept])
     ends = np.flatnonzero((steps <= 0) | (steps > GAP)) + 1
-    parts = np.split(kept, ends) if len(kept) else []
+    parts = [rows for rows in np.split(kept, ends) if len(rows)]
     for rows in parts:
-        inside = why[rows[0]:rows[-1]]             # a view
+        inside = why[rows[0]:rows[-1]]             # a view: this writes into why
         inside[inside != ""] = "mended: bridged over " + inside[inside != ""]
     account = Counter({reason: n * step for reason, n in Counter(why).items() if reason})
     account["mended: rows out of order, sorted"] = step * np.sum(order != row)
@@ -90,7 +92,7 @@ def resample(t, x, start, n):
     steps = np.diff(t)
     typical = np.median(steps)
     even = len(t) > 3 and 0.5 * typical < steps.min() and steps.max() < 1.5 * typical
-    k = max(4, math.ceil(len(steps) / (t[-1] - t[0]) / RATE - 1e-6))   # ticks of it in one of 20 Hz
+    k = max(4, math.ceil(len(steps) / (t[-1] - t[0]) / RATE - 1e-6))   # fine ticks in one of 20 Hz
     grid = np.clip(start + np.arange((n - 1) * k + 1) / (RATE * k), t[0], t[-1])
     spline = scipy.interpolate.make_interp_spline(t, x, k=3 if even else 1)  # a cubic overshoots
     low_pass = scipy.signal.firwin(RATE * k + 1, 9, fs=RATE * k, window=("kaiser", 5.65))    # 60 dB
@@ -106,8 +108,8 @@ def cut(recordings, length):
             account += recording
             continue
         user, label, streams = recording
-        parts, steps, accounts = zip(*map(stretches, streams, SENSORS.values()))
-        own = functools.reduce(operator.or_, accounts)         # of two clocks, the larger number
+        parts, pace, accounts = zip(*map(stretches, streams, SENSORS.values()))
+        own = functools.reduce(operator.or_, accounts)         # of two clocks, the larger of each
         rest = own.pop("all", 0) - sum(own.values())
         for pair in itertools.product(*parts):
             start, end = max(t[0] for t, _ in pair), min(t[-1] for t, _ in pair)
@@ -115,38 +117,41 @@ def cut(recordings, length):
             if count := n // length:
                 x = np.hstack([resample(t, x, start, n) for t, x in pair])           # (n, C)
                 x = x[:count * length].reshape(count, length, -1).transpose(0, 2, 1)
-                windows.append(x.astype(np.float16, "C") + np.float16(0))    # -0 -> 0: its sign
-                rows += [(user, label)] * count                  # would depend on the processor
+                x = x.astype(np.float16, "C") + np.float16(0)    # -0 -> 0, on every processor
+                windows.append(x)
+                rows += [(user, label)] * count
             why = "ends of stretches" if count else "stretches shorter than a window"
-            span = max(0, end - start + max(steps))
+            span = max(0, end - start + max(pace))
             own[why] += span - count * length / RATE
             rest -= span
-        own["one sensor without the other"] = rest
-        account += own                             # of which no number below 0 is added
+        own["one sensor without the other"] = max(0, rest)
+        account += own
     return windows, rows, account
 
 # ---------------------------------------------------------------- who is held out, who is drawn
+Prepared = namedtuple("Prepared", "windows users labels meta")   # (n, C, T), (n,), (n,), a dict
+
 def by_source(meta):
     """The users of each source: [[user, ...], ...]."""
     return [[user for user, other in enumerate(meta["sources"]) if other == source]
             for source in sorted(set(meta["sources"]))]
 
 def held_out_users(meta):
-    """The users that no model is trained on, whatever the seed: 20 % of each source's, at least 2,
-    by a hash. Two halves, lists of user indices: each chooses the step at which the other is
-    scored (pretrain.cross_fitted)."""
+    """The users that no model is trained on: a fifth of each source's, at least 2, by a hash. Two
+    halves: the best step for one is where the other is scored (pretrain.cross_fitted)."""
     half_a, half_b = [], []
     hashes = [hashlib.sha256(f"{source}/{name}".encode()).hexdigest()
               for source, name in zip(meta["sources"], meta["users"])]
     for group in by_source(meta):
-        ranked = sorted(group, key=hashes.__getitem__)
+        ranked = sorted(group, key=lambda user: hashes[user])
         held_out = ranked[:max(2, len(ranked) // 5)]
         half_a, half_b = half_a + held_out[::2], half_b + held_out[1::2]
     return half_a, half_b
 
 def training_users(meta, seed):
     """Users that aren't held out, in the seeded random order a grid takes them, sources in turn."""
-    held_out, rng = set(sum(held_out_users(meta), [])), random_stream(seed, "training users")
+    half_a, half_b = held_out_users(meta)
+    held_out, rng = {*half_a, *half_b}, random_stream(seed, "training users")
     queues = [rng.permutation([user for user in group if user not in held_out]).tolist()
               for group in by_source(meta)]
     require(any(queues), f"{meta['name']}: all are held out (at least 2 per source): add users")
@@ -154,12 +159,12 @@ def training_users(meta, seed):
     return [user for turn in turns for user in turn if user is not None]
 
 def draw_windows(prepared, users, hours_per_user, seed):
-    """Rows (n,) of the windows that a grid cell trains on: at most `hours_per_user` (None: all) of
-    each user, in a random order of the user's own, so that fewer hours are a subset of more."""
+    """Rows (n,) of the windows that a cell trains on: the first `hours_per_user` (None: all) of a
+    random order of each user's, so that fewer hours are a subset of more."""
     most = hours_per_user and max(1, round(hours_per_user * 3600 / prepared.meta["seconds"]))
-    rows = [random_stream(seed, "windows of user", int(user)).permutation(
-        np.flatnonzero(prepared.users == user))[:most] for user in users]
-    return np.sort(np.concatenate(rows))
+    order = [random_stream(seed, "windows of user", int(user)).permutation(
+        np.flatnonzero(prepared.users == user)) for user in users]
+    return np.sort(np.concatenate([rows[:most] for rows in order]))
 
 # ---- from here on: files, flags, figures
 
@@ -167,7 +172,7 @@ def draw_windows(prepared, users, hours_per_user, seed):
 # members: pattern of the files to read, with the part, usually a user. archives: URLs, or file
 # names where no URL is stable. classes: label i is classes[i]; (): as named in the files.
 Source = namedtuple("Source", "text members archives classes seconds test_users rate",
-                    defaults=("", (), (), SECONDS, (), None))
+                    defaults=((), (), SECONDS, (), None))
 UCI = "https://archive.ics.uci.edu/static/public/"
 UCIHAR = "WALKING", "WALKING_UPSTAIRS", "WALKING_DOWNSTAIRS", "SITTING", "STANDING", "LAYING"
 WISDM = ("walking jogging stairs sitting standing typing teeth soup chips pasta drinking sandwich "
@@ -239,7 +244,7 @@ def build_parser(flags, text):
     return p
 
 def command(main):
-    """Run `main()` as a command line: an error is one sentence on stderr, never a traceback."""
+    """Run `main()` as a command line: an error that is expected is one sentence on stderr."""
     try:
         sys.exit(main())
     except BrokenPipeError:                        # the reader, such as `| head`, has ended
@@ -290,8 +295,8 @@ def random_stream(*key):
 
 # ---------------------------------------------------------------- stamps and rows that can't be
 def mean_step(t):
-    """Seconds a row of stamps t (n,): the mean over lags of 256 rows, of those near their median,
-    so that a gap, a leap, a step back, or rows that come in bursts, don't count."""
+    """Mean seconds a row of stamps t (n,), over lags of 256 rows; lags far from their median, as of
+    gaps and leaps, don't count."""
     lag = max(1, min(256, len(t) // 4))
     lags = t[lag:] - t[:-lag]
     typical = np.median(lags)
@@ -299,34 +304,34 @@ def mean_step(t):
     return step if step > 0 else np.ptp(t) / len(t)
 
 def in_order(t):
-    """The rows (n,) of stamps t (n,) in order of time, if that is unambiguous: sorting leaves fewer
-    than half as many rows too close. Else as they stand: the clock was set back, or restarted."""
+    """The rows (n,) of stamps t (n,) in order of time, if sorting halves the steps that are too
+    short or backwards; else as they stand: the clock was set back, or restarted."""
     steps, order = np.diff(t), np.argsort(t, kind="stable")
     close = 0.6 * np.median(np.abs(steps[steps != 0])) if steps.any() else 0
     mends = np.sum(np.diff(t[order]) < close) < np.sum(steps < close) / 2
     return order if mends else np.arange(len(t))
 
 def no_reading(x, sensor, step):
-    """(n,): rows of x (n, C) that can't be motion: no number, or more than a sensor gives; three
-    equal axes of all sensors, not at rest (0, 0, 0 g; -999); one row for longer than GAP."""
+    """(n,): rows of x (n, C) that can't be motion: no number, or too large; x = y = z in every
+    sensor (0, 0, 0 g; -999), unless that is a sensor at rest; one row repeated for over GAP."""
     new = np.r_[True, (x[1:] != x[:-1]).any(1)]
     run = np.cumsum(new) - 1
-    asleep = ~new & (np.bincount(run)[run] * step > GAP)
+    stuck = ~new & (np.bincount(run)[run] * step > GAP)
     axes = x.reshape(len(x), -1, 3)                # (n, sensors, 3)
     size, equal = np.linalg.norm(axes, axis=2), (axes == axes[:, :, :1]).all((1, 2))
     low, high = sensor.rest
-    restless = (size[:, 0] < low) | (size[:, 0] > high)
-    return asleep | equal & restless | ~(size < LARGEST).all(1)
+    at_rest = (low <= size[:, 0]) & (size[:, 0] <= high)
+    return stuck | equal & ~at_rest | ~(size < LARGEST).all(1)
 
 # ---------------------------------------------------------------- a parser for each format
-# A new corpus is a row of SOURCES and a parser, named as the row is up to its first _: of a part,
-# its file names, a function from file name to bytes, and the settings, to (user, label, streams).
-# Where a file is a recording at a steady rate, the row has the rate, and the parser is one of
-# bytes to readings (n, 6).
+# A new corpus is a row of SOURCES and a parser (part, file names, a function from file name to
+# bytes, settings), named as the row is up to its first _, that yields (user, label, streams). If
+# the row has a rate, each file is a recording, and the parser is one of bytes to readings (n, 6).
+# A parser's docstring is what an error says was wanted.
 def numbers(text, columns):
     """Bytes -> numbers (lines, columns), separated by blanks, commas or semicolons. Any other line
     is nan: it keeps its place, and counts as no reading."""
-    rows, unreadable = [], [math.nan] * columns
+    rows, unreadable = [], [math.nan] * columns    # until it is read
     for line in text.replace(b",", b" ").replace(b";", b" ").splitlines():
         fields = line.split()
         if fields:
@@ -436,8 +441,9 @@ def read_csv(path):
     text = path.read_text("utf-8-sig").splitlines()
     reader = csv.reader(text, delimiter=max(";\t,", key=text[0].count))
     header = [column.strip().lower() for column in next(reader)]
-    sensors = [sensor.columns for sensor in SENSORS.values() if {*sensor.columns} & {*header}]
-    columns = [header.index(column) for column in ["t", *sum(sensors, [])]]
+    first, *others = (sensor.columns for sensor in SENSORS.values())
+    given = [name for columns in others if {*columns} & {*header} for name in columns]
+    columns = [header.index(name) for name in ["t", *first, *given]]
     table, labels = [], []
     for row in reader:
         if not any(map(str.strip, row)):
@@ -463,11 +469,12 @@ def value_of(text):
 
 def one_spelling(label):
     """Labels (n,) in lower case, with single blanks, and 1 for 1.0; "" for what says that there is
-    none, among words also 0."""
-    words, number = np.unique(label, return_inverse=True)
-    plain = [re.sub(r"^(-?\d+)\.0*$", r"\1", " ".join(word.lower().split())) for word in words]
-    none = NO_LABEL + ["0"] * any(re.search(r"[^\W\d_]", word) for word in {*plain} - {*NO_LABEL})
-    return np.array(["" if word in none else word for word in plain])[number]
+    none: 0, too, if others are words."""
+    spellings, which = np.unique(label, return_inverse=True)
+    plain = [re.sub(r"^(-?\d+)\.0*$", r"\1", " ".join(one.lower().split())) for one in spellings]
+    words = any(re.search(r"[^\W\d_]", one) for one in {*plain} - {*NO_LABEL})
+    none = NO_LABEL + ["0"] * words
+    return np.array(["" if one in none else one for one in plain])[which]
 
 def in_units(path, x, settings):
     """Readings x (n, C) to g and rad/s. UserError if they weren't in the unit that was given."""
@@ -475,16 +482,16 @@ def in_units(path, x, settings):
     require(full.mean() > 0.5, f"{path}: most rows lack a sensor: join the sensors' rows by time")
     for (name, sensor), axes in zip(SENSORS.items(), np.split(x, x.shape[1] // 3, axis=1)):
         unit = settings[f"{name}_unit"]
-        axes *= sensor.units[unit]                 # a view
-        size = np.linalg.norm(axes, axis=1) * (np.ptp(axes, axis=1) > 0)       # -999 is no reading
-        high, (low, _) = np.quantile(size[full], 0.9), sensor.rest
-        require(high < sensor.usual and (high >= low or unit == sensor.unit),
+        axes *= sensor.units[unit]                 # a view: this writes into x
+        size = np.linalg.norm(axes, axis=1) * (np.ptp(axes, axis=1) > 0)       # 0 if x = y = z
+        high = np.quantile(size[full], 0.9)
+        require(high < sensor.usual and (high >= sensor.rest[0] or unit == sensor.unit),
                 f"{path}: {name} is {high:.2g} {sensor.unit}, and nine rows in ten are below; at "
-                f"rest it is {sensor.rest} (with gravity): check --{name}-unit")
+                f"rest it is {sensor.rest}, with gravity if it has any: check --{name}-unit")
     return x
 
 # ---------------------------------------------------------------- a simulated population
-ACTIVITIES = [  # name, the trunk leans (rad), strides (x the person's), push (g), turn (rad), share
+ACTIVITIES = [  # name, lean (rad), strides (times the person's), push (g), turn (rad), share
     ("lying",    1.50, 0.00, 0.00, 0.00, 0.10),
     ("sitting",  0.45, 0.00, 0.00, 0.00, 0.15),
     ("standing", 0.05, 0.00, 0.00, 0.00, 0.10),
@@ -499,7 +506,7 @@ TRAITS = {  # mean, standard deviation over people, shape (7 activities, 6 chann
     "vigour":  (0, 0.1, 7),                        # log of a factor, for each activity
     "posture": (0, 0.1, (7, 2)),                   # rad, added to each activity's roll and lean
     "sizes":   (1 - HARMONICS, 0.5, (6, 4)),       # log of each harmonic's size
-    "phases":  (np.arange(24).reshape(6, 4) ** 2 % 6.3, 0.1, (6, 4)),    # rad; any mean would do
+    "phases":  (np.arange(24).reshape(6, 4) ** 2 % 6.3, 0.1, (6, 4)),    # rad, arbitrary
     "mount":   (0, 0.3, 3),                        # rotation of the sensor as worn, rad
 }
 
@@ -564,7 +571,9 @@ def download(url, path):
                 file.write(block)
         except requests.RequestException as error:
             raise UserError(f"{url}: {error}; run it again, or download it by hand") from None
-    require(zipfile.is_zipfile(part), f"{url} sent no zip file: download it by hand to {path}")
+    if not zipfile.is_zipfile(part):
+        part.unlink()
+        raise UserError(f"{url} sent no zip file: download it by hand to {path}")
     os.replace(part, path)
 
 @functools.lru_cache(maxsize=1)
@@ -605,13 +614,13 @@ def parts_of(settings, raw):
 def read_part(settings, raw, part, names):
     """Read and cut one part, in a process of its own."""
     what, opened = settings["source"], [part, *names[:1]]
-    source, files = SOURCES[what], open_zips(what, raw)
-    parser = files_of if source.rate else globals()[what.split("_")[0]]
+    source, files, parser = SOURCES[what], open_zips(what, raw), globals()[what.split("_")[0]]
+    recordings = files_of if source.rate else parser
     def read(name):
         opened.append(name)
         return files[name].read(name) if name in files else b""
     try:
-        return cut(parser(part, names, read, settings), round(source.seconds * RATE))
+        return cut(recordings(part, names, read, settings), round(source.seconds * RATE))
     except UserError:
         raise
     except Exception as error:
@@ -627,7 +636,9 @@ def read_all(settings, raw):
         for part, (own, own_rows, seconds) in zip(parts, pool.map(read, parts, parts.values())):
             line = "; ".join([f"{part}: {len(own_rows)} windows", *said(seconds)])
             print(line, file=sys.stderr)
-            windows, rows, account = windows + own, rows + own_rows, account + seconds
+            windows += own
+            rows += own_rows
+            account += seconds
             if not own:
                 empty.append(line)
     require(windows and not (empty and settings["source"] == "folder"),
@@ -652,22 +663,22 @@ def read_set(name, settings, raw):
     hashes = [[hashlib.sha256(x).hexdigest()[:12] for x in windows[users == user]]
               for user in range(len(names))]
     own = {"folder": name, "simulated": f"simulated-{settings.get('seed')}"}
-    whose = settings.get("own_source") or own.get(what, what.split("_")[0])    # WISDM's: the same
-    named = all(user.find("_") > 0 for user in names) and not settings.get("own_source")
+    given, default = settings.get("own_source"), own.get(what, what.split("_")[0])   # WISDM's: one
+    named = all(user.find("_") > 0 for user in names)
     remarks = to_look_at(names, windows, users, hashes)
     if what == "folder":
         remarks += about_files(names, raw)
     return Prepared(windows, users, labels, {
         "name": name, "rate": RATE, "seconds": source.seconds,
         "channels": CHANNELS[:windows.shape[1]], "users": names,
-        "sources": [user.split("_")[0] if named else whose for user in names],
+        "sources": [given or (user.split("_")[0] if named else default) for user in names],
         "classes": classes, "windows": len(rows), "hours": len(rows) * source.seconds / 3600,
         "left_out": {why: n for why, n in account.items() if not why.startswith("mended")},
         "mended": {why: n for why, n in account.items() if why.startswith("mended")},
         "remarks": remarks,
         "origin": "; ".join([source.text, *source.archives]),
         "test_users": [user for user in names if user in source.test_users] or None,
-        # The same recordings have the same smallest hashes, whatever else is in their file.
+        # A recording that is most of two files is among the smallest hashes of both.
         "checksums": [sorted({*own})[:64] for own in hashes], "settings": settings,
         "provenance": provenance(), "fingerprint": fingerprint(windows, users, labels)})
 
@@ -710,7 +721,7 @@ def prepare(name, settings, raw, force=False):
             f"{target} is no data set and is left as it is: delete it or give another --name")
     if settings["source"] == "folder":
         settings["recordings"] = {user: zlib.crc32(Path(file).read_bytes())
-                                  for user, [file, *_] in parts_of(settings, raw).items()}
+                                  for user, (file, *_) in parts_of(settings, raw).items()}
     if target.exists() and not force:
         made = load_one(name).meta["settings"]
         differ = [key for key in made | settings if made.get(key) != settings.get(key)]
@@ -730,8 +741,6 @@ def prepare(name, settings, raw, force=False):
     print(describe(name))
 
 # ---------------------------------------------------------------- load, pool, scale
-Prepared = namedtuple("Prepared", "windows users labels meta")   # (n, C, T), (n,), (n,), a dict
-
 def load(name, root="data"):
     """The prepared set `name`, or several as one ("a+b"). UserError if one is missing or damaged,
     or if they don't fit together."""
@@ -768,10 +777,13 @@ def load_one(name, root="data"):
 def fingerprint(windows, users, labels):
     """sha256 over users, labels and at most 4,096 windows, evenly spread: a quick check."""
     digest = hashlib.sha256(f"{windows.shape} {windows.dtype}".encode())
-    chosen = np.linspace(0, len(windows) - 1, min(len(windows), 4096)).astype(int)
-    for array in (users.astype("<i8"), labels.astype("<i8"), windows[chosen]):
+    for array in (users.astype("<i8"), labels.astype("<i8"), evenly(windows, 4096)):
         digest.update(array.tobytes())
     return digest.hexdigest()
+
+def evenly(rows, most):
+    """At most `most` of the rows, evenly spread."""
+    return rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)]
 
 def people(meta, users=None):
     """Who the users are, whatever the set is called: [(source, user name), ...]."""
@@ -793,8 +805,7 @@ def known(meta, trained_on):
 def held_out_windows(prepared, users, most=64):
     """Rows (n,) of the windows that are evaluated: at most `most` of each user, evenly spread."""
     rows = [np.flatnonzero(prepared.users == user) for user in users]
-    even = [np.linspace(0, n - 1, min(most, n)).astype(int) for n in map(len, rows)]
-    return np.concatenate([user_rows[chosen] for user_rows, chosen in zip(rows, even)])
+    return np.concatenate([evenly(own, most) for own in rows])
 
 def windows_at(prepared, rows, sensors):
     """The windows `rows` as a model reads them, (n, C, T) float32, divided by SCALE: of "both"
@@ -806,7 +817,7 @@ def windows_at(prepared, rows, sensors):
     return prepared.windows[rows][:, chosen].astype(np.float32) / SCALE[chosen]
 
 def random_rotation(x, angle, rng):
-    """Windows x (n, C, T), all sensors rotated alike, about a random axis by about `angle` rad."""
+    """Windows x (n, C, T), all sensors rotated alike, about each axis by about `angle` rad."""
     vectors = angle * rng.standard_normal((len(x), 3))
     matrices = scipy.spatial.transform.Rotation.from_rotvec(vectors).as_matrix().astype(x.dtype)
     return (matrices[:, None] @ x.reshape(len(x), -1, 3, x.shape[2])).reshape(x.shape)
@@ -838,8 +849,7 @@ def plot(name):
     figure, rows = plt.subplots(len(kinds), squeeze=False, layout="constrained",
                                 figsize=(14, 1.5 * len(kinds) + 1))
     for label, ax in zip(kinds, rows.flat):
-        chosen = random_stream("plot", label).choice(np.flatnonzero(labels == label), 3)
-        x = np.hstack(windows[chosen]).T           # (3 T, C)
+        x = np.hstack(windows[evenly(np.flatnonzero(labels == label), 3)]).T   # (3 T, C)
         curves = ax.plot(np.arange(len(x)) / meta["rate"], x, lw=0.8)
         ax.set_title([*meta["classes"], "no label"][label], parse_math=False)
     units = [f"{channel} ({SENSORS[channel[:-2]].unit})" for channel in meta["channels"]]
@@ -847,7 +857,7 @@ def plot(name):
     path = Path("data") / name / "plot.png"
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=90)
-    print(f"{path} shows {3 * len(kinds)} windows")
+    print(f"{path} shows three windows of each class")
 
 FLAGS = {  # name: (default, range or choices, what it does: of one source, if it begins with one)
     "raw": ("data/raw", str, "folder of the archives or the recordings"),

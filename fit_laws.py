@@ -133,16 +133,14 @@ def equal_hours(table):
     return numbered(hours[place], table["params_encoder"])
 
 def savings(y, x, seeds, *groups):
-    """In each seed (k,), by how much y (n,) falls as x (n,) rises by 1: minus the least-squares
-    slope, with a constant for each value of each group (n,). Seeds with nothing to compare are
-    left out."""
+    """In each seed (k,), how much y (n,) falls as x (n,) rises by 1: least squares, with a constant
+    for each value of each group (n,). Seeds with nothing to compare are left out."""
     found = []
     for seed in np.unique(seeds):
         rows = seeds == seed
         constants = [group[rows] == value for group in groups for value in np.unique(group)]
         constants = np.stack(constants, axis=1).astype(float)
-        explained = constants @ np.linalg.lstsq(constants, x[rows], rcond=None)[0]
-        change = x[rows] - explained                   # of x, among those that are compared
+        change = x[rows] - constants @ np.linalg.lstsq(constants, x[rows], rcond=None)[0]
         if change @ change > 1e-9:
             found.append(-(change @ y[rows]) / (change @ change))
     return np.array(found)
@@ -517,7 +515,8 @@ def users_or_hours(table):
     runs = main_model(table)
     for number in {*runs["equal_hours"]}:
         cells = take(runs, runs["equal_hours"] == number)
-        logs = [np.log(cells["loss"][cells["users"] == n]).mean() for n in np.unique(cells["users"])]
+        users = np.unique(cells["users"])
+        logs = [np.log(cells["loss"][cells["users"] == few]).mean() for few in users]
         won += (np.diff(logs) < 0).tolist()
     positive = sum(bool(gain > 0) for gain in each)
     text = (f"At equal hours in all, more people, recorded for less time each, had the lower loss "
@@ -546,7 +545,7 @@ def verdicts_of(table, first):
     size, seeds, longest = table["params_encoder"], table["seed"], table["hours_per_user"].max()
     people = savings(loss, users, seeds, numbered(time, size))
     times = savings(loss, time, seeds, numbered(users, size))
-    both = np.log10(size) * np.log2(table["hours"])              # ten times the size, twice the hours
+    both = np.log10(size) * np.log2(table["hours"])    # ten times the size and twice the hours
     more = savings(loss, both, seeds, numbered(users, time), size)
     h, ends = ((first[key] or {}).get("h") for key in ("parameters", "ci95"))
     less = [f"{1 - 2 ** -values.mean():.0%}" if len(values) else "" for values in (people, times)]

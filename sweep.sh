@@ -2,15 +2,15 @@
 # Every cell of a grid is pre-trained, several at once, then probed; then the law is fitted.
 #   bash sweep.sh                # the whole study, small, on simulated people: about 5 minutes
 #   SPREAD=0 bash sweep.sh       # the same with clones; SEED=1: with other people
-#   DATA=pool PROBES=ucihar USERS="4 8 16" HOURS="0.05 0.2" MODELS="16x2x2 64x3x4" bash sweep.sh
+#   DATA=motionsense PROBES=ucihar USERS="4 8 16" HOURS="0.05 0.1" MODELS="16x2x2 64x3x4" bash sweep.sh
 #   DATA=motionsense+uschad PROBES= USERS="4 8 16 32" TOTAL="0.89" STEPS=1500 bash sweep.sh
-#   bash sweep.sh --list         # a line a cell: done, failed or to do, its command; what it costs
+#   bash sweep.sh --list         # a line a cell: done, failed or to do, its command; its cost, by 15 steps
 #   sbatch --array=1-N sweep.sh  # one Slurm task for each of N cells; then: bash sweep.sh
 # Stop it, kill it: the same command goes on. A cell is done when the command that would run now has
-# left its result.json. Exit status: 0 if all is done, 1 if a cell isn't, 2 for a senseless grid.
+# left its result.json. Exit status: 0 if all is done, 1 if it isn't, 2 for a senseless grid or no data.
 #SBATCH --requeue --open-mode=append
 set -f -a                # no file patterns; variables and functions reach the shells of xargs
-MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2000000000   # glibc keeps what is freed: faster steps
+MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2000000000   # glibc keeps freed memory: faster steps
 crowd=simulated-spread${SPREAD:=1}-seed${SEED:=0}          # simulated people: a set for each
 DATA=${DATA:-$crowd}                             # a data set, or several: a+b; made if missing
 if [ "$DATA" = "$crowd" ]; then                  # minutes, not hours
@@ -25,11 +25,11 @@ STEPS=${STEPS:-20000}                            # the most that a cell may take
 [ "$STEPS" -gt 5000 ] || FLAGS="--patience 0 ${FLAGS-}"          # a short cell runs to its end
 OUT=${OUT:-runs/$DATA}                           # a folder for each cell, u24-h0.0667-16x1x2-s0
 cores=${SLURM_CPUS_ON_NODE:-$(getconf _NPROCESSORS_ONLN)} JOBS=${JOBS:-$cores}    # cells at once
-threads=$((cores > JOBS && JOBS > 0 ? cores / JOBS : 1))         # of each: two of one beat one of two
+threads=$((cores > JOBS && JOBS > 0 ? cores / JOBS : 1))         # of each: 2 cells of 1 thread beat 1 of 2
 code=$(dirname "$0"); [ -f "$code/pretrain.py" ] || code=$SLURM_SUBMIT_DIR   # Slurm runs a copy
 PYTHON=${PYTHON:-$(command -v ${VIRTUAL_ENV:+python} "$code/.venv/bin/python" python3 | head -n 1)}
 
-plan() {         # say the cells, the least data first, or what about them makes no sense
+plan() {         # print the cells, the least data first, or refuse the grid
     "$PYTHON" - "$code" "$DATA" "${TOTAL-}" "${users[*]}" "${hours[*]}" "${models[*]}" "${seeds[*]}" <<'END'
 import itertools, re, sys; code, name, total, *grid = sys.argv[1:]
 sys.path.insert(0, code); sys.argv[0] = "sweep.sh"
@@ -49,7 +49,7 @@ def main():
 command(main)
 END
 }
-command_of() {   # a cell
+command_of() {   # a cell, u24-h0.0667-16x1x2-s0
     local u h width depth heads s; IFS=-x read -r u h width depth heads s <<< "$1"
     printf '%q ' "$PYTHON" "$code/pretrain.py" --data "$DATA" --users ${u#u} --hours-per-user ${h#h} \
         --width $width --depth $depth --heads $heads --seed ${s#s} --steps "$STEPS" ${FLAGS-} \
@@ -89,20 +89,21 @@ for set in ${DATA//+/ } ${PROBES//+/ }; do
 done
 cells=$(plan) || exit 2; cells=($cells)
 if [ -n "${SLURM_ARRAY_TASK_ID-}" ]; then
-    all=${#cells[@]} cells=(${cells[SLURM_ARRAY_TASK_ID - 1]})
-    [ -n "$cells" ] || refuse "no cell $SLURM_ARRAY_TASK_ID of $all"
+    task=$SLURM_ARRAY_TASK_ID all=${#cells[@]}
+    [ "$task" -gt 0 ] && [ "$task" -le "$all" ] || refuse "no cell $task of $all"
+    cells=(${cells[task - 1]})
 fi
 if [ $# = 1 ]; then
     for cell in "${cells[@]}"; do printf '%-6s %s  %s\n' "$(state $cell)" $cell "$(command_of $cell)"; done
     cost; exit
 fi
-open() { for cell in "${cells[@]}"; do [ "$(state $cell)" = done ] || echo $cell; done; }
-todo=$(open); all=${#cells[@]} left=$(wc -w <<< "$todo") SECONDS=0 n=0
+undone() { for cell in "${cells[@]}"; do [ "$(state $cell)" = done ] || echo $cell; done; }
+todo=$(undone); all=${#cells[@]} left=$(wc -w <<< "$todo") SECONDS=0 n=0
 xargs -r -n 1 -P "$JOBS" bash -c 'work "$0"' <<< "$todo" | while read -r line; do
     n=$((n + 1)) minutes=$(((SECONDS * (left - n) / n + 59) / 60))
     echo "$((all - left + n)) of $all, $minutes min left: $line"
 done
-[ -z "$(open)" ] || { echo "sweep.sh: not done:" $(open) >&2; exit 1; }
+[ -z "$(undone)" ] || { echo "sweep.sh: not done:" $(undone) >&2; exit 1; }
 [ -z "${SLURM_ARRAY_TASK_ID-}" ] || exit 0
 for set in $PROBES; do                           # as many processes as cells at once
     printf '%s\0' "${cells[@]/#/$OUT/}" | xargs -0 -n $(((all + JOBS - 1) / JOBS)) -P "$JOBS" \

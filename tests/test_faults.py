@@ -188,7 +188,8 @@ def test_total_shares_the_hours_among_the_users(place):
     ("there are 10 to train on", [], {"USERS": "4 11"}), ("invalid choice", [], {"DATA": "simulated+a"}),
     ("nobody has more than 0.0500", [], {"HOURS": "0.01 0.06"}), ("mine", [], {"DATA": "mine"}),
     ("nobody has more than 0.0500", [], {"TOTAL": "0.12"}), ("no-such", [], {"PYTHON": "no-such"}),
-    ("no cell 7 of 6", [], {"SLURM_ARRAY_TASK_ID": "7"})])
+    ("no cell 7 of 6", [], {"SLURM_ARRAY_TASK_ID": "7"}),
+    ("no cell 0 of 6", [], {"SLURM_ARRAY_TASK_ID": "0"})])
 def test_a_grid_that_makes_no_sense_is_refused_before_its_first_cell(place, words, arguments, variables):
     status, output = finish(sweep(*arguments, **variables))
     assert status == 2 and words in output and not list(Path().glob("runs/*/u*")), output
