@@ -103,11 +103,7 @@ def cut(recordings, length):
     (n, C, length), a row (user, label) for each window, and the account, a Counter of seconds by
     reason: recorded = in windows + left out; what begins with "mended" was kept."""
     windows, rows, account = [], [], Counter()
-    for recording in recordings:
-        if isinstance(recording, Counter):         # what the parser mended
-            account += recording
-            continue
-        user, label, streams = recording
+    for user, label, streams in recordings:
         parts, pace, accounts = zip(*map(stretches, streams, SENSORS.values()))
         own = functools.reduce(operator.or_, accounts)         # of two clocks, the larger of each
         rest = own.pop("all", 0) - sum(own.values())
@@ -425,10 +421,11 @@ def folder(user, names, read, settings):
     unit = [unit for unit, second in TIME_UNITS.items() if 0.0011 < step * second < 0.201]
     require(unit, f"{path}: t grows by {step:.3g} a row, in none of {[*TIME_UNITS]} 5 to 900 Hz")
     second, spelled = TIME_UNITS[unit[0]], one_spelling(label)
-    mended = {f"t read as {unit[0]}": len(t) * (second != 1),
-              "rows out of order, sorted": np.sum(order != np.arange(len(t))),
-              "other spellings of a label": np.sum((spelled != label) & (spelled != ""))}
-    yield Counter({f"mended: {what}": n * step * second for what, n in mended.items()})
+    mended = {f"t read as {unit[0]}": second != 1,
+              "rows out of order, sorted": np.any(order[1:] < order[:-1]),
+              "other spellings of a label": np.any((spelled != label) & (spelled != ""))}
+    for what in [what for what, happened in mended.items() if happened]:
+        print(f"{path}: {what}", file=sys.stderr)
     x = in_units(path, x, settings)
     segment, label = segment[order], spelled[order]
     ends = np.flatnonzero((segment[1:] != segment[:-1]) | (label[1:] != label[:-1])) + 1
