@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import t as student
 
+import advice
+
 ROOT = Path(__file__).parent.parent
 PAGES = [path.relative_to(ROOT).as_posix() for path in (ROOT / "results").rglob("*.md")]
 
@@ -90,6 +92,11 @@ def test_the_quarter_of_an_hour_on_real_people_has_the_losses_of_its_table():
     for users, loss in quoted:
         losses = [float(row["loss"]) for row in rows if row["users"] == users]
         assert len(losses) == 5 and rounded(np.mean(losses), loss), (users, losses)
+
+def test_the_advice_page_has_the_rows_that_its_command_prints():
+    page = (ROOT / "results/advice.md").read_text()
+    printed = [row for grid in ("experiment",) for row in advice.rows(grid)]
+    assert printed == [line for line in page.splitlines() if line.startswith("| experiment")]
 
 def test_pages_are_short_and_what_they_name_exists():
     for page in ["README.md", *PAGES]:
