@@ -633,17 +633,17 @@ def curves(title, xlabel, x, table, labels, fits):
         axis.set_ticks([], minor=True)
     return ax
 
-def bars(held_out, noise):
+def errors_figure(held_out, noise):
     """Errors of the law and of the forecasters, for each setting that was held out."""
-    ax = new_axes("Predicted from all other runs", "held out", "rms error of the loss")
+    ax = new_axes("Predicted from all other runs", "held out", "error of the loss (rms, %)")
     names = {"users": "most people", "hours_per_user": "longest", "params_encoder": "largest model"}
-    for i, who in enumerate(["law", *next(iter(held_out.values()))["forecasters"]]):
+    for who in ["law", *next(iter(held_out.values()))["forecasters"]]:
         errors = [{"law": one, **one["forecasters"]}[who] for one in held_out.values()]
-        heights = [error["rms_relative_error"] if error else 0 for error in errors]
-        ax.bar(np.arange(len(errors)) + i / 5, heights, .18, label=who)
-    ax.axhline(noise or 0, color="black", ls=":", label="a run, from its other seeds")
-    ax.set_xticks(np.arange(len(held_out)) + .3, map(names.get, held_out))
-    ax.yaxis.set_major_formatter(lambda error, _: f"{error:.0%}")
+        heights = [100 * error["rms_relative_error"] if error else math.nan for error in errors]
+        ax.plot([names[x] for x in held_out], heights, "o", label=who)
+    ax.axhline(100 * (noise or 0), color="black", ls=":", label="a run, from its other seeds")
+    ax.set_ylim(0)
+    ax.margins(x=.3)
     return ax
 
 def figures(table, first):
@@ -660,7 +660,7 @@ def figures(table, first):
         if len({*zip(labels, rows[x])}) > len({*labels}):      # else no line has two points
             drawn[name] = curves(title, xlabel, x, rows, np.array(labels), first["fits"])
     if first["held_out"]:
-        drawn["predicted"] = bars(first["held_out"], first["noise"])
+        drawn["predicted"] = errors_figure(first["held_out"], first["noise"])
     scores = [score for score in table if score.endswith(SCORE)]
     if scores:
         ax = drawn["downstream"] = new_axes("Linear probes of each run", "loss on held-out people",
