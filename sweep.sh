@@ -2,12 +2,12 @@
 # Every cell of a grid is pre-trained, several at once, then probed; then the law is fitted.
 #   bash sweep.sh                # the whole study, small, on simulated people: about 5 minutes
 #   SPREAD=0 bash sweep.sh       # the same with clones; SEED=1: with other people
-#   DATA=motionsense PROBES=ucihar USERS="4 8 16" HOURS="0.05 0.1" MODELS="16x2x2 64x3x4" bash sweep.sh
+#   DATA=motionsense PROBES=ucihar USERS="4 8" HOURS="0.05 0.1" MODELS="16x2x2 64x3x4" bash sweep.sh
 #   DATA=motionsense+uschad PROBES= USERS="4 8 16 32" TOTAL="0.89" STEPS=1500 bash sweep.sh
-#   bash sweep.sh --list         # a line a cell: done, failed or to do, its command; its cost, by 15 steps
+#   bash sweep.sh --list         # a line a cell: done, failed or to do, its command; then the cost
 #   sbatch --array=1-N sweep.sh  # one Slurm task for each of N cells; then: bash sweep.sh
 # Stop it, kill it: the same command goes on. A cell is done when the command that would run now has
-# left its result.json. Exit status: 0 if all is done, 1 if it isn't, 2 for a senseless grid or no data.
+# left its result.json. Exit status: 0 all is done, 1 it isn't, 2 a senseless grid, or no data.
 #SBATCH --requeue --open-mode=append
 set -f -a                # no file patterns; variables and functions reach the shells of xargs
 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2000000000   # glibc keeps freed memory: faster steps
@@ -25,12 +25,13 @@ STEPS=${STEPS:-20000}                            # the most that a cell may take
 [ "$STEPS" -gt 5000 ] || FLAGS="--patience 0 ${FLAGS-}"          # a short cell runs to its end
 OUT=${OUT:-runs/$DATA}                           # a folder for each cell, u24-h0.0667-16x1x2-s0
 cores=${SLURM_CPUS_ON_NODE:-$(getconf _NPROCESSORS_ONLN)} JOBS=${JOBS:-$cores}    # cells at once
-threads=$((cores > JOBS && JOBS > 0 ? cores / JOBS : 1))         # of each: 2 cells of 1 thread beat 1 of 2
+threads=$((cores > JOBS && JOBS > 0 ? cores / JOBS : 1))         # two cells of 1 beat one of 2
 code=$(dirname "$0"); [ -f "$code/pretrain.py" ] || code=$SLURM_SUBMIT_DIR   # Slurm runs a copy
 PYTHON=${PYTHON:-$(command -v ${VIRTUAL_ENV:+python} "$code/.venv/bin/python" python3 | head -n 1)}
 
 plan() {         # print the cells, the least data first, or refuse the grid
-    "$PYTHON" - "$code" "$DATA" "${TOTAL-}" "${users[*]}" "${hours[*]}" "${models[*]}" "${seeds[*]}" <<'END'
+    "$PYTHON" - "$code" "$DATA" "${TOTAL-}" \
+        "${users[*]}" "${hours[*]}" "${models[*]}" "${seeds[*]}" <<'END'
 import itertools, re, sys; code, name, total, *grid = sys.argv[1:]
 sys.path.insert(0, code); sys.argv[0] = "sweep.sh"
 from data import command, load, require, training_users
@@ -39,8 +40,8 @@ def main():
     longest = max(sum(users == user) for user in train) * meta["seconds"] / 3600
     cells = {}
     for u, h, m, s in itertools.product(*map(str.split, grid)):
-        require(re.fullmatch(r"[1-9]\d* \d*\.?\d+ \d+x\d+x\d+ \d+", f"{u} {h} {m} {s}"), "not a grid of "
-                f"numbers and models as 64x3x4: users {u}, hours {h}, model {m}, seed {s}")
+        require(re.fullmatch(r"[1-9]\d* \d*\.?\d+ \d+x\d+x\d+ \d+", f"{u} {h} {m} {s}"), "not a "
+                f"grid: users {u}, hours {h}, model {m} (as 64x3x4), seed {s}")
         h = f"{float(h) / int(u):.4g}" if total else h
         require(int(u) <= len(train), f"{u} users: there are {len(train)} to train on")
         require(float(h) < 1.02 * longest, f"{h} hours: nobody has more than {longest:.4f}")
@@ -51,9 +52,9 @@ END
 }
 command_of() {   # a cell, u24-h0.0667-16x1x2-s0
     local u h width depth heads s; IFS=-x read -r u h width depth heads s <<< "$1"
-    printf '%q ' "$PYTHON" "$code/pretrain.py" --data "$DATA" --users ${u#u} --hours-per-user ${h#h} \
-        --width $width --depth $depth --heads $heads --seed ${s#s} --steps "$STEPS" ${FLAGS-} \
-        --out "$OUT/$1"
+    printf '%q ' "$PYTHON" "$code/pretrain.py" --data "$DATA" --users ${u#u} \
+        --hours-per-user ${h#h} --width $width --depth $depth --heads $heads --seed ${s#s} \
+        --steps "$STEPS" ${FLAGS-} --out "$OUT/$1"
 }
 state() {        # done, failed or to do: by the last end in its log; another sweep may be writing
     local last; last=$(grep -E "^(done|failed): " "$OUT/$1/log.txt" 2>/dev/null | tail -n 1)
@@ -69,9 +70,10 @@ work() {         # on a cell, in a shell of its own; say a line
         printf "%s, %d users x %.0f s, seed %d\n", loss, $2, $3 * 3600, $7 }' <<< "$1"
 }
 cost() {         # of all cells, from 15 steps of each model
-    local try m; try=$(mktemp -d)
+    local try m cell; try=$(mktemp -d)
     for m in "${models[@]}"; do
-        eval "$(command_of "${cells[0]%-*-*}-$m-s${seeds[0]}") --threads $threads --steps 15 --out '$try/$m'" > /dev/null
+        cell=${cells[0]%-*-*}-$m-s${seeds[0]}    # the first one's users and hours
+        eval "$(command_of $cell) --threads $threads --steps 15 --out '$try/$m'" > /dev/null
     done
     grep -rhE '^ "(flops|seconds)"' "$try" | awk -F '[:,]' -v n=${#cells[@]} -v steps="$STEPS" '
         { mean[$1] += $2 * steps / 15 / '${#models[@]}' }
@@ -81,7 +83,8 @@ cost() {         # of all cells, from 15 steps of each model
 }
 
 refuse() { echo "sweep.sh: $1" >&2; exit 2; }
-[ "${*:---list}" = --list ] && [ "$JOBS" -gt 0 ] || refuse "'$*' is not --list, or JOBS $JOBS is below 1"
+[ "${*:---list}" = --list ] || refuse "'$*' is not --list"
+[ "$JOBS" -gt 0 ] || refuse "JOBS $JOBS is below 1"
 for set in ${DATA//+/ } ${PROBES//+/ }; do
     words="simulated --users 120 --hours-per-user 0.0333 --spread $SPREAD --seed $SEED --name $set"
     [ "$set" = "$crowd" ] || words=$set
@@ -94,7 +97,9 @@ if [ -n "${SLURM_ARRAY_TASK_ID-}" ]; then
     cells=(${cells[task - 1]})
 fi
 if [ $# = 1 ]; then
-    for cell in "${cells[@]}"; do printf '%-6s %s  %s\n' "$(state $cell)" $cell "$(command_of $cell)"; done
+    for cell in "${cells[@]}"; do
+        printf '%-6s %s  %s\n' "$(state $cell)" $cell "$(command_of $cell)"
+    done
     cost; exit
 fi
 undone() { for cell in "${cells[@]}"; do [ "$(state $cell)" = done ] || echo $cell; done; }
