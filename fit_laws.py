@@ -269,8 +269,10 @@ def read_grid(path):
     twice = [name for name, n in Counter(table.get("name", ())).items() if n > 1]
     require(not twice, f"{path} has {twice} twice: remove one")
     each = table["hours_per_user"]
-    caps = table.get("hours_cap", each)                # people may have less than the cap
-    table["hours_per_user"] = np.array([each[caps == cap].mean() for cap in caps])
+    caps = table.get("hours_cap", each)
+    for runs in (caps == cap for cap in {*caps}):      # people may have somewhat less than the cap
+        if each[runs].max() < 1.5 * each[runs].min():
+            each[runs] = each[runs].mean()
     table["equal_hours"] = equal_hours(table)
     people = [values for key, values in table.items() if key.startswith("person.")]
     if people and np.isfinite(people).all():           # all runs have the same people
@@ -405,11 +407,12 @@ def read_law(path):
         first = content["laws"][0]
         formula = {"grid": grid_law,
                    "table": functools.partial(table_law, units=first.get("units"))}[first["name"]]
+        require(first["fits"], f"{path} has no law, as its grid has too few settings: add some and "
+                "fit again")
         rows = {x: np.array(values, float) for x, values in first["rows"].items()}
-        fits, verdicts = first["fits"], content["verdicts"]
+        verdicts = content["verdicts"]
     except (LookupError, TypeError, ValueError, AttributeError):
         raise UserError(f"{path} is no laws.json of this program: fit again") from None
-    require(fits, f"{path} has no law, as its grid has too few settings: add some and fit again")
     return first, formula, rows, verdicts
 
 def expected(first, formula, table):

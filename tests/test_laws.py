@@ -181,8 +181,10 @@ def test_the_last_ratio_goes_on():
     np.testing.assert_allclose(found, [2, 1])
 
 def test_no_difference_is_not_claimed_and_hours_that_do_not_run_out_are_not_said_to(run):
-    write_table("t.csv", grid(3, h=math.inf))
+    table = grid(3, h=math.inf)
+    write_table("t.csv", table | {"hours_cap": table["hours"] + math.inf})     # no cap was given
     assert run("fit_laws.py t.csv --out out")[0] == 0
+    assert "h" in read("out/laws.json")["laws"][0]["parameters"]
     verdicts = read("out/laws.json")["verdicts"]
     assert verdicts["users_minus_hours_exponent"]["decision"] == "can't tell here"
     assert verdicts["hours_saturate"]["decision"] != "holds"
@@ -202,7 +204,7 @@ def test_one_line_of_equal_hours_decides_without_a_law(run, refused):
     status, printed, error = run("fit_laws.py t.csv --out out")
     assert status == 0 and "no law" in printed and "4 of 4 pairs" in printed, error
     assert read("out/laws.json")["laws"][0]["parameters"] is None
-    refused("fit_laws.py out/laws.json --recommend --users 3 --hours-per-user 1", "no law")
+    refused("fit_laws.py out/laws.json --recommend --users 3 --hours-per-user 1", "has no law")
 
 def test_cells_that_cannot_be_used_are_named(refused, run):
     write_runs(take(grid(1, sizes=False), slice(6)))
