@@ -423,7 +423,7 @@ def expected(first, formula, table):
     if first["name"] == "table" and others:
         ends = np.percentile(others, (2.5, 97.5), axis=0)
     law = np.zeros((2, 1)) if ends is None else ends - whole
-    free = first["n"] - len(first["fits"][0])
+    free = max(1, first["n"] - len(first["fits"][0]))
     scatter = 1.96 * first["rms"] * math.sqrt(first["n"] / free)
     return np.exp(whole), np.exp(whole + np.hypot(law, scatter) * [[-1], [1]])
 
