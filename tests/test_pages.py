@@ -87,7 +87,7 @@ def test_the_first_screen_of_the_readme_has_the_losses_of_the_experiment():
 
 def test_the_quarter_of_an_hour_on_real_people_has_the_losses_of_its_table():
     rows = list(csv.DictReader(open(ROOT / "results/real/results.csv")))
-    quoted = re.findall(r"(\d+) people x \d+ (?:s|min) (\.\d+)", (ROOT / "README.md").read_text())
+    quoted = re.findall(r"(\d+)\s+people x \d+ (?:s|min) (\.\d+)", (ROOT / "README.md").read_text())
     assert len(quoted) == 4
     for users, loss in quoted:
         losses = [float(row["loss"]) for row in rows if row["users"] == users]
