@@ -133,7 +133,7 @@ def train(state, prepared, rows, held, flags):
             optimizer.zero_grad()
         state.step += 1
         update_average(state.average, state.model, state.step, gamma=flags.average)
-        state.train_loss += loss.detach()
+        state.train_loss = state.train_loss + loss.detach()      # may come from another device
         state.seconds = time.monotonic() - began
         if is_evaluated(state.step) or state.step == flags.steps:
             record(state, evaluate(state.average, held), flags, step_flops)
