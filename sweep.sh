@@ -105,7 +105,8 @@ fi
 undone() { for cell in "${cells[@]}"; do [ "$(state $cell)" = done ] || echo $cell; done; }
 todo=$(undone); all=${#cells[@]} left=$(wc -w <<< "$todo") SECONDS=0 n=0
 xargs -r -n 1 -P "$JOBS" bash -c 'work "$0"' <<< "$todo" | while read -r line; do
-    n=$((n + 1)) minutes=$(((SECONDS * (left - n) / n + 59) / 60))
+    n=$((n + 1)) half=$((2 * n + JOBS - 1))      # of the others at work, half is done
+    minutes=$(((2 * SECONDS * (left - n) / half + 59) / 60))
     echo "$((all - left + n)) of $all, $minutes min left: $line"
 done
 [ -z "$(undone)" ] || { echo "sweep.sh: not done:" $(undone) >&2; exit 1; }
