@@ -632,7 +632,8 @@ def read_all(settings, raw):
     with ProcessPoolExecutor() as pool:
         for part, (own, own_rows, seconds) in zip(parts, pool.map(read, parts, parts.values())):
             line = "; ".join([f"{part}: {len(own_rows)} windows", *said(seconds)])
-            print(line, file=sys.stderr)
+            if said(seconds):
+                print(line, file=sys.stderr)
             windows += own
             rows += own_rows
             account += seconds
