@@ -257,7 +257,7 @@ def collect(folder, out):
     require(rows, f"{folder} has no finished run: train first")
     with replacing(out / "results.csv") as path, open(path, "w", newline="") as file:
         columns = dict.fromkeys(key for row in rows for key in row)
-        writer = csv.DictWriter(file, columns, restval=math.nan)
+        writer = csv.DictWriter(file, columns, restval=math.nan, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     return out / "results.csv"
