@@ -115,22 +115,25 @@ def interval(value, without_seed, without_person=()):
     in turn: the jackknife's error times Student's t."""
     if len(without_seed) < 3:                          # two say next to nothing
         return None
-    square = sum(np.var(values, axis=0) * (len(values) - 1)
-                 for values in (without_seed, without_person) if len(values))
-    half = student.ppf(.975, len(without_seed) - 1) * np.sqrt(square)
+    groups = [values for values in (without_seed, without_person) if len(values)]
+    square = sum(np.var(values, axis=0) * (len(values) - 1) for values in groups)
+    half = student.ppf(.975, min(map(len, groups)) - 1) * np.sqrt(square)
     return [value - half, value + half]
 
 # ---------------------------------------------------------------- equal hours, more people
 def numbered(*columns):                                # (n,): the number of each row's combination
     return np.unique(columns, axis=1, return_inverse=True)[1].ravel()
 
-def equal_hours(table):
-    """Which runs are compared, (n,): those of one model whose hours in all are within 5 %."""
-    hours, place = np.unique(table["hours"], return_inverse=True)
-    for i in range(1, len(hours)):
-        if hours[i] < 1.05 * hours[i - 1]:
-            hours[i] = hours[i - 1]
-    return numbered(hours[place], table["params_encoder"])
+def merged(values):
+    """Values (n,), each replaced by the smallest of those that it is within 5 % of."""
+    found, place = np.unique(values, return_inverse=True)
+    for i in range(1, len(found)):
+        if found[i] < 1.05 * found[i - 1]:
+            found[i] = found[i - 1]
+    return found[place]
+
+def equal_hours(table):                                # (n,): which runs are compared
+    return numbered(merged(table["hours"]), table["params_encoder"])
 
 def savings(y, x, seeds, *groups):
     """In each seed (k,), how much y (n,) falls as x (n,) rises by 1: least squares, with a constant
@@ -141,7 +144,7 @@ def savings(y, x, seeds, *groups):
         constants = [group[rows] == value for group in groups for value in np.unique(group)]
         constants = np.stack(constants, axis=1).astype(float)
         change = x[rows] - constants @ np.linalg.lstsq(constants, x[rows], rcond=None)[0]
-        if change @ change > 1e-9:
+        if change @ change > .01:                      # else nothing differs enough
             found.append(-(change @ y[rows]) / (change @ change))
     return np.array(found)
 
@@ -164,7 +167,7 @@ def forecasts(rest, rows, y, settings, x):
 
 def last_ratio(rest, row, y, settings, x):
     """The ratio of y between the last two smaller x, all else equal, goes on."""
-    alike = [np.isclose(rest[other], row[other], .03) for other in settings if other != x]
+    alike = [np.isclose(rest[other], row[other], .03, 0) for other in settings if other != x]
     before = take(rest, np.all([rest[x] < row[x], *alike], axis=0))
     last = np.unique(before[x])[-2:]
     if len(last) < 2:
@@ -269,15 +272,21 @@ def read_grid(path):
     twice = [name for name, n in Counter(table.get("name", ())).items() if n > 1]
     require(not twice, f"{path} has {twice} twice: remove one")
     each = table["hours_per_user"]
-    caps = table.get("hours_cap", each)
+    caps = merged(table.get("hours_cap", each))
     for runs in (caps == cap for cap in {*caps}):      # people may have somewhat less than the cap
         if each[runs].max() < 1.5 * each[runs].min():
             each[runs] = each[runs].mean()
     table["equal_hours"] = equal_hours(table)
-    people = [values for key, values in table.items() if key.startswith("person.")]
-    if people and np.isfinite(people).all():           # all runs have the same people
+    people = [values for key, values in table.items()
+              if key.startswith("person.") and values.dtype.kind == "f"]
+    if len(people) > 1 and np.min(people) > 0:         # all runs have the same people
         table["people"] = np.transpose(people)
     return table
+
+def main_model(table):
+    """The runs of the model that has most of them, the largest if several have."""
+    sizes, counts = np.unique(table["params_encoder"], return_counts=True)
+    return take(table, table["params_encoder"] == sizes[counts == counts.max()].max())
 
 def grid_ranges(table):
     """Of the numbers that this grid has settings for; none if it has too few for a law."""
@@ -289,7 +298,9 @@ def grid_ranges(table):
 
 def grid_study(table):
     """laws[0] of a grid: with the fits without each seed, and without the runs where one setting
-    is largest."""
+    is largest. Of two models, whose sizes make no law, it is that of the one with most runs."""
+    if len({*table["params_encoder"]}) == 2:
+        table = main_model(table)
     law = Law(grid_law, grid_ranges(table), 1e9)
     models = map("{:.0f}x{:.0f}x{:.0f}".format, table["width"], table["depth"], table["heads"])
     first = {"name": "grid", "parameters": None, "ci95": None, "noise": noise(table), "fits": [],
@@ -305,15 +316,18 @@ def grid_study(table):
     first |= study(law, table, "loss", SETTINGS, tops, without_each_seed(table))
     whole, *others = first["fits"]
     if len(others) > 2:
-        first["ci95"] = {name: grid_interval(whole[name], [one[name] for one in others], low > 0)
-                         for name, (low, *_) in law.ranges.items()}
+        first["ci95"] = {name: grid_interval(whole[name], [one[name] for one in others], low, high)
+                         for name, (low, high, *_) in law.ranges.items()}
     return first | {"parameters": whole}
 
-def grid_interval(value, others, logs):
-    """95 % of a number, from the fits to all seeds and without each; logs: of its logarithm."""
-    if logs:
-        return np.exp(interval(np.log(value), np.log(others))).tolist()
-    return np.maximum(interval(value, others), 0).tolist()
+def grid_interval(value, others, low, high):
+    """95 % of a number, from the fits to all seeds and without each: all of its range, if the data
+    press it against an end."""
+    way, back = (np.log, np.exp) if low > 0 else (np.array, np.array)
+    bottom, top, at = way([low, high, value])
+    if not 1e-4 < (at - bottom) / (top - bottom) < .999:
+        return [low, high]
+    return back(np.maximum(interval(at, way(others)), bottom)).tolist()
 
 def noise(table):
     """A run against the mean of the other seeds of its setting: rms of the relative difference."""
@@ -335,6 +349,7 @@ def table_study(path, a):
     law = Law(formula, table_ranges(table, a.y, a.x, not a.no_floor), HUBER)
     groups = numbered(table[a.group]) if a.group else np.arange(len(table[a.y]))
     rows = [np.flatnonzero(groups == group) for group in range(max(groups) + 1)]
+    require(len(rows) > 4, f"{path} has {len(rows)} groups of {a.group}: intervals take five")
     draws = np.random.default_rng(0).integers(len(rows), size=(a.bootstrap, len(rows)))
     resampled = [take(table, np.hstack([rows[i] for i in drawn])) for drawn in draws]
     if a.holdout:
@@ -354,7 +369,7 @@ def table_study(path, a):
 
 def check_table(path, table, a, factors):
     """UserError if the table is too small for a law; notes on rows that belong together."""
-    n, least = len(table[a.y]), len(a.x) + len(factors) + 2
+    n, least = len(table[a.y]), len(a.x) + len(factors) + 3
     require(n >= least, f"{path} has {n} rows; a law of {', '.join(factors)} needs {least}")
     for x in factors:
         require(len({*table[x]}) > 2, f"{path} has too few values of {x}: an exponent needs 3")
@@ -416,16 +431,17 @@ def read_law(path):
     return first, formula, rows, verdicts
 
 def expected(first, formula, table):
-    """The loss of each row (n,) and the band of 95 % of single runs (2, n): the law's interval, and
-    the runs' scatter about it."""
+    """The loss of each row (n,) and the band of 95 % of single runs (2, n), the law's interval and
+    the runs' scatter about it; None in its place if the law has no interval."""
     whole, *others = np.log([formula(table, **numbers) for numbers in first["fits"]])
     ends = interval(whole, others)
     if first["name"] == "table" and others:
         ends = np.percentile(others, (2.5, 97.5), axis=0)
-    law = np.zeros((2, 1)) if ends is None else ends - whole
+    if ends is None:
+        return np.exp(whole), None
     free = max(1, first["n"] - len(first["fits"][0]))
-    scatter = 1.96 * first["rms"] * math.sqrt(first["n"] / free)
-    return np.exp(whole), np.exp(whole + np.hypot(law, scatter) * [[-1], [1]])
+    scatter = student.ppf(.975, free) * first["rms"] * math.sqrt(first["n"] / free)
+    return np.exp(whole), np.exp(whole + np.hypot(ends - whole, scatter) * [[-1], [1]])
 
 def predict(path, cells, out):
     """Predict each row of a CSV; where y is measured in all of them, report the errors."""
@@ -436,20 +452,23 @@ def predict(path, cells, out):
     beyond = [x for x in settings if max(table[x]) > 1.01 * max(rows[x])] or settings
     others = forecasts(rows, table, y, settings, beyond[0])
     finite = {who: np.where(np.isfinite(each), each, None) for who, each in others.items()}
-    prediction = [{"name": str(name), "loss": losses[i], "single_run": band[:, i],
+    prediction = [{"name": str(name), "loss": losses[i],
+                   "single_run": None if band is None else band[:, i],
                    "forecasters": {who: each[i] for who, each in finite.items()}}
                   for i, name in enumerate(table.get("name", losses))]
     result = {"law": path.name, "provenance": provenance(), "cells": prediction}
     measured = table.get(y, np.array(""))
-    if measured.dtype.kind == "U":
+    if measured.dtype.kind == "U" or np.isnan(measured).all():
         return write_json(out / "prediction.json", result)
     require((measured > 0).all(), f"{cells}: '{y}' must be above 0 in all rows or missing")
     errors = {who: errors_of(each, measured) for who, each in others.items()}
     law = errors_of(losses, measured)
-    inside = np.mean((band[0] <= measured) & (measured <= band[1]))
     for who, error in {"law": law, **errors}.items():
         print(f"{who:22}", *(f"{key} {value:.4g}" for key, value in (error or {}).items()))
-    print(f"{inside:.0%} of {len(measured)} runs inside the band")
+    inside = None
+    if band is not None:
+        inside = np.mean((band[0] <= measured) & (measured <= band[1]))
+        print(f"{inside:.0%} of {len(measured)} runs inside the band")
     write_json(out / "outcome.json", {**result, **law, "forecasters": errors, "inside": inside,
                                       "measured": measured})
 
@@ -462,7 +481,8 @@ def recommend(path, a):
             "--recommend takes a grid's laws.json, and --users and --hours-per-user, or --hours "
             "and a smaller --setup")
     if a.hours:                                        # users (H + setup) = hours
-        each = math.sqrt(first["parameters"].get("h", 1e3) * a.setup)          # largest N
+        require("h" in first["parameters"], f"{path}: a budget takes a grid of two recording times")
+        each = math.sqrt(first["parameters"]["h"] * a.setup)                   # largest N
         users = max(1, math.floor(a.hours / (each + a.setup)))
         each = a.hours / users - a.setup
         decided = verdicts["hours_saturate"]["decision"] == "holds"
@@ -472,8 +492,11 @@ def recommend(path, a):
     plan = {"users": users, "hours_per_user": each, "params_encoder": np.array(sizes)}
     losses, band = expected(first, formula, plan)
     best = np.argmax(losses < 1.01 * losses.min())
-    print(f"Model {names[best]}: no larger one of the grid gains more than 1 %. Expected loss "
-          f"{losses[best]:.4f}, 95 % of runs {band[0, best]:.4f} to {band[1, best]:.4f}.")
+    why = ": no larger one of the grid gains more than 1 %" if "c" in first["parameters"] else ""
+    runs = "no band below three seeds"
+    if band is not None:
+        runs = f"95 % of runs {band[0, best]:.4f} to {band[1, best]:.4f}"
+    print(f"Model {names[best]}{why}. Expected loss {losses[best]:.4f}, {runs}.")
     print(verdicts["users_minus_hours_exponent"]["text"])
     for x, value in ("users", users), ("hours_per_user", each):
         low, high = min(rows[x]), max(rows[x])
@@ -491,7 +514,7 @@ def duration(hours):
 def verdict(question, yes, no, value, ci95, margin=None, needs="more seeds or users", **more):
     """Holds if its margin, by default the interval, is above 0; fails if that is below."""
     low, high = margin or ci95 or (0, 0)
-    needs = needs if margin or ci95 else "three seeds"
+    needs = needs if margin or ci95 else "three seeds that have runs to compare"
     decision, answer = "can't tell here", f"Not decided by this grid: it needs {needs}."
     if low > 0:
         decision, answer = "holds", yes
@@ -504,11 +527,6 @@ def over_seeds(question, yes, no, values, **more):
     value = values.mean() if len(values) else None
     return verdict(question, yes, no, value, interval(value, without_each(values)), **more)
 
-def main_model(table):
-    """The runs of the model that has most of them."""
-    sizes, counts = np.unique(table["params_encoder"], return_counts=True)
-    return take(table, table["params_encoder"] == sizes[counts.argmax()])
-
 def users_or_hours(table):
     """At equal hours in all: each seed, each held-out person, neighbours on a line."""
     values, won = users_save(table, table["loss"]), []
@@ -519,12 +537,14 @@ def users_or_hours(table):
     for number in {*runs["equal_hours"]}:
         cells = take(runs, runs["equal_hours"] == number)
         users = np.unique(cells["users"])
-        logs = [np.log(cells["loss"][cells["users"] == few]).mean() for few in users]
-        won += (np.diff(logs) < 0).tolist()
+        for pair in zip(users, users[1:]):
+            both = take(cells, np.isin(cells["users"], pair))
+            gains = users_save(both, both["loss"])     # of the seeds that have both
+            won += [bool(gains.mean() > 0)] if len(gains) else []
     positive = sum(bool(gain > 0) for gain in each)
     text = (f"At equal hours in all, more people, recorded for less time each, had the lower loss "
-            f"in {sum(won)} of {len(won)} pairs of settings, and for {positive} of {len(each)} "
-            "held-out people.")
+            f"in {sum(won)} of {len(won)} pairs of settings")
+    text += f", and for {positive} of {len(each)} held-out people." if each else "."
     return over_seeds(
         "More people, or longer recordings of each?",
         f"More people. {text}", f"Longer recordings. {text}", values,
@@ -533,13 +553,16 @@ def users_or_hours(table):
 
 def power_law(held):
     """Is the law better than both straight lines where users are held out? In errors."""
-    margin = [0, 0]
+    margin, said = [0, 0], ""
     if held and held["n"] > 5:                         # fewer decide nothing
         straight = [error["rms_relative_error"] for who, error in held["forecasters"].items()
                     if who.startswith("line")]
         margin = [error - held["rms_relative_error"] for error in sorted(straight)]
-    return verdict("Does the law predict the largest number of users?",
-                   "Yes, better than straight lines do.", "No, straight lines do it better.",
+        errors = held["rms_relative_error"], *sorted(straight)
+        said = "it errs by {:.1%}, they by {:.1%} and {:.1%}.".format(*errors)
+    return verdict("Does the law predict the loss at the most people?",
+                   f"Yes, better than straight lines: {said}",
+                   f"No, worse than straight lines: {said}",
                    margin[0] or None, None, margin, "four numbers of users, and to beat both lines")
 
 def verdicts_of(table, first):
@@ -551,6 +574,7 @@ def verdicts_of(table, first):
     both = np.log10(size) * np.log2(table["hours"])    # ten times the size and twice the hours
     more = savings(loss, both, seeds, numbered(users, time), size)
     h, ends = ((first[key] or {}).get("h") for key in ("parameters", "ci95"))
+    half = f"{60 * (h or 0):.1f} minutes"
     less = [f"{1 - 2 ** -values.mean():.0%}" if len(values) else "" for values in (people, times)]
     verdicts = {
         "more_people": over_seeds("Do more people help?", f"Yes: twice the people have {less[0]} "
@@ -558,21 +582,24 @@ def verdicts_of(table, first):
         "longer_recordings": over_seeds("Do longer recordings help?", "Yes: twice as long, the "
                                         f"same people have {less[1]} less loss.", "No.", times),
         "users_minus_hours_exponent": users_or_hours(table),
-        "hours_saturate": verdict("Do the hours of one person run out?",
-                                  f"Yes: {60 * (h or 0):.2g} minutes of one count half, "
-                                  "and no length counts more.",
+        "hours_saturate": verdict("Do the hours of one person count less and less?",
+                                  f"Yes: by the law {half} of one person count half, and endless "
+                                  f"hours as {half} of new people.",
                                   f"Not within {duration(longest)}.", h, ends,
                                   ends and [3 * longest - ends[1], 3 * longest - ends[0]]),
         "power_law": power_law(first["held_out"].get("users")),
         "capacity_interaction": over_seeds("Do larger models gain more from more data?", "Yes.",
                                            "No, they gain less.", more)}
-    for score in table:
-        if score.endswith(SCORE):
-            name, rows = score.removesuffix(SCORE), np.isfinite(table[score])
-            verdicts[f"downstream_{name}"] = over_seeds(
-                f"Does the score on {name} rise as the loss falls?", "Yes.", "No, it falls.",
-                savings(table[score][rows], loss[rows], seeds[rows], size[rows] * 0))
+    for score in scores_of(table):
+        name, rows = score.removesuffix(SCORE), np.isfinite(table[score])
+        verdicts[f"downstream_{name}"] = over_seeds(
+            f"Does the score on {name} rise as the loss falls?", "Yes.", "No, it falls.",
+            savings(table[score][rows], loss[rows], seeds[rows], size[rows] * 0))
     return verdicts
+
+def scores_of(table):
+    return [name for name, values in table.items() if name.endswith(SCORE)
+            and values.dtype.kind == "f" and np.isfinite(values).any()]
 
 def show(first):
     """The law and its numbers."""
@@ -587,7 +614,8 @@ def screen(table, first, verdicts, drawn, out):
     """What a sweep ends with."""
     runs = main_model(table)
     times = np.unique(runs["hours_per_user"])
-    print("\nMean loss, users down, recorded of each across:")
+    model = "{:.0f}x{:.0f}x{:.0f}".format(*(runs[x][0] for x in ("width", "depth", "heads")))
+    print(f"\nMean loss of {model}, users down, recorded of each across:")
     print(f"{'':8}", *(f"{duration(time):>8}" for time in times))
     for users in np.unique(runs["users"]):
         row = take(runs, runs["users"] == users)
@@ -652,7 +680,8 @@ def errors_figure(held_out, noise):
 def figures(table, first):
     """{name: axes}."""
     runs, drawn = main_model(table), {}
-    each, in_all = ([duration(hours) for hours in runs[x]] for x in ("hours_per_user", "hours"))
+    each, in_all = ([duration(hours) for hours in values]
+                    for values in (runs["hours_per_user"], merged(runs["hours"])))
     data = [f"{users:.0f} people, {duration(hours)}"
             for users, hours in zip(table["users"], table["hours_per_user"])]
     for name, title, xlabel, x, rows, labels in (
@@ -661,10 +690,11 @@ def figures(table, first):
             ("loss_vs_params", "Colours: the data", "parameters of the encoder",
              "params_encoder", table, data)):
         if len({*zip(labels, rows[x])}) > len({*labels}):      # else no line has two points
-            drawn[name] = curves(title, xlabel, x, rows, np.array(labels), first["fits"])
+            fits = first["fits"] if rows is runs or "c" in (first["parameters"] or {}) else []
+            drawn[name] = curves(title, xlabel, x, rows, np.array(labels), fits)
     if first["held_out"]:
         drawn["predicted"] = errors_figure(first["held_out"], first["noise"])
-    scores = [score for score in table if score.endswith(SCORE)]
+    scores = scores_of(table)
     if scores:
         ax = drawn["downstream"] = new_axes("Linear probes of each run", "loss on held-out people",
                                             "macro-F1, divided by its mean")

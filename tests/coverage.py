@@ -53,7 +53,7 @@ def studied(rng, formula, true, table):
     return {name: low <= truth <= high for name, ((low, high), truth) in holds.items()
             if name in known and (formula is grid_law or name not in "AaBc")} | {
         "users": ends[0] > 0, "hours": ends[1] < 0,
-        "run out": first["ci95"]["h"][1] < 3 * table["time"].max()}
+        "run out": first["ci95"]["h"][1] < 3 * table["hours_per_user"].max()}
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,

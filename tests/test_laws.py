@@ -197,6 +197,25 @@ def test_two_seeds_give_no_interval_and_say_so(run):
     assert content["verdicts"]["users_minus_hours_exponent"]["ci95"] is None
     assert "three seeds" in content["verdicts"]["users_minus_hours_exponent"]["text"]
 
+def test_what_two_models_one_recording_time_or_one_seed_cannot_tell_is_not_said(run, refused):
+    table = grid(3)
+    two = take(table, np.isin(table["params_encoder"], (SIZES["16x2x2"], SIZES["64x3x4"])))
+    one_time, one_seed = (take(table, table[x] == table[x][0]) for x in ("hours_per_user", "seed"))
+    plan = "fit_laws.py out/laws.json --recommend --users 9 --hours-per-user .1"
+    for kind, part, words in (("two", two, "Model 64x3x4. Expected"), ("time", one_time, "Model"),
+                              ("seed", one_seed, "no band below three seeds")):
+        write_table("t.csv", part)
+        assert run("fit_laws.py t.csv --out out")[0] == 0
+        assert words in run(plan)[1]
+        if kind == "time":
+            refused("fit_laws.py out/laws.json --recommend --hours 9 --setup .1", "recording times")
+
+def test_a_pair_is_compared_on_the_seeds_that_have_both(run):
+    table = grid(4, noise=.001, sizes=False)
+    table["loss"][table["seed"] == 3] *= 1.2
+    write_table("t.csv", take(table, (table["users"] < 24) | (table["seed"] == 3)))
+    assert "16 of 16 pairs" in run("fit_laws.py t.csv --out out")[1]
+
 def test_one_line_of_equal_hours_decides_without_a_law(run, refused):
     table = grid(5)
     line = np.isclose(table["hours"], 48 * HOURS[0], .01) & (table["params_encoder"] == 148992)
