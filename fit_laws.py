@@ -555,11 +555,11 @@ def power_law(held):
     """Is the law better than both straight lines where users are held out? In errors."""
     margin, said = [0, 0], ""
     if held and held["n"] > 5:                         # fewer decide nothing
-        straight = [error["rms_relative_error"] for who, error in held["forecasters"].items()
-                    if who.startswith("line")]
-        margin = [error - held["rms_relative_error"] for error in sorted(straight)]
-        errors = held["rms_relative_error"], *sorted(straight)
-        said = "it errs by {:.1%}, they by {:.1%} and {:.1%}.".format(*errors)
+        law = held["rms_relative_error"]
+        lines = sorted(error["rms_relative_error"] for who, error in held["forecasters"].items()
+                       if who.startswith("line"))
+        margin = [line - law for line in lines]
+        said = "it errs by {:.1%}, they by {:.1%} and {:.1%}.".format(law, *lines)
     return verdict("Does the law predict the loss at the most people?",
                    f"Yes, better than straight lines: {said}",
                    f"No, worse than straight lines: {said}",
