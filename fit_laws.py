@@ -614,7 +614,8 @@ def screen(table, first, verdicts, drawn, out):
     """What a sweep ends with."""
     runs = main_model(table)
     times = np.unique(runs["hours_per_user"])
-    model = "{:.0f}x{:.0f}x{:.0f}".format(*(runs[x][0] for x in ("width", "depth", "heads")))
+    names = {size: name for name, size in first["models"].items()}
+    model = names[runs["params_encoder"][0]]
     print(f"\nMean loss of {model}, users down, recorded of each across:")
     print(f"{'':8}", *(f"{duration(time):>8}" for time in times))
     for users in np.unique(runs["users"]):
