@@ -424,8 +424,9 @@ def folder(user, names, read, settings):
     mended = {f"t read as {unit[0]}": second != 1,
               "rows out of order, sorted": np.any(order[1:] < order[:-1]),
               "other spellings of a label": np.any((spelled != label) & (spelled != ""))}
-    for what in [what for what, happened in mended.items() if happened]:
-        print(f"{path}: {what}", file=sys.stderr)
+    for what, happened in mended.items():
+        if happened:
+            print(f"{path}: {what}", file=sys.stderr)
     x = in_units(path, x, settings)
     segment, label = segment[order], spelled[order]
     ends = np.flatnonzero((segment[1:] != segment[:-1]) | (label[1:] != label[:-1])) + 1
