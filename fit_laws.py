@@ -430,7 +430,7 @@ def read_law(path):
         raise UserError(f"{path} is no laws.json of this program: fit again") from None
     return first, formula, rows, verdicts
 
-def expected(first, formula, table):
+def expected(first, formula, rows, table):
     """The loss of each row (n,) and the band of 95 % of single runs (2, n), the law's interval and
     the runs' scatter about it; None in its place if the law has no interval."""
     whole, *others = np.log([formula(table, **numbers) for numbers in first["fits"]])
@@ -439,8 +439,11 @@ def expected(first, formula, table):
         ends = np.percentile(others, (2.5, 97.5), axis=0)
     if ends is None:
         return np.exp(whole), None
+    off = np.log(rows[first["y"]] / formula(rows, **first["fits"][0]))
+    if first["name"] == "grid":                        # runs on few people scatter more
+        off = off[rows["users"] >= np.median(rows["users"])]
     free = max(1, first["n"] - len(first["fits"][0]))
-    scatter = student.ppf(.975, free) * first["rms"] * math.sqrt(first["n"] / free)
+    scatter = student.ppf(.975, free) * math.sqrt(np.mean(off ** 2) * first["n"] / free)
     return np.exp(whole), np.exp(whole + np.hypot(ends - whole, scatter) * [[-1], [1]])
 
 def predict(path, cells, out):
@@ -448,7 +451,7 @@ def predict(path, cells, out):
     first, formula, rows, _ = read_law(path)
     *settings, y = rows
     table = read_csv(cells, settings)
-    losses, band = expected(first, formula, table)
+    losses, band = expected(first, formula, rows, table)
     beyond = [x for x in settings if max(table[x]) > 1.01 * max(rows[x])] or settings
     others = forecasts(rows, table, y, settings, beyond[0])
     finite = {who: np.where(np.isfinite(each), each, None) for who, each in others.items()}
@@ -490,7 +493,7 @@ def recommend(path, a):
               "decided by this grid: it needs longer recordings, or more seeds."))
     names, sizes = zip(*sorted(first["models"].items(), key=lambda model: model[1]))
     plan = {"users": users, "hours_per_user": each, "params_encoder": np.array(sizes)}
-    losses, band = expected(first, formula, plan)
+    losses, band = expected(first, formula, rows, plan)
     best = np.argmax(losses < 1.01 * losses.min())
     why = ": no larger one of the grid gains more than 1 %" if "c" in first["parameters"] else ""
     runs = "no band below three seeds"
