@@ -7,13 +7,12 @@ Downstream: what a pre-trained encoder knows about activities of people it has n
       predict -> (n,)           by a probe, or by a network of encoder and head
       score   -> RUN/finetune/DATA-MODE.json and .png
 
-Modes: `probe` leaves the encoder as it is and fits a logistic regression on its features; `tune`
-then trains both together; `scratch` does so from random weights (what the labels alone can do);
-`random` is the probe of random weights (what the architecture alone can do).
+Modes: `probe` fits a logistic regression on the features; `tune` then trains encoder and head;
+`scratch` does so from random weights (what the labels alone can do); `random` is the probe of
+random weights (what the architecture alone can do).
 
 Every split is by user. In each fold a fifth of the training users are validation users: they choose
-the penalty of a probe (which is then fitted to all training users) and which epoch of a network is
-kept. Test users are evaluated once, after everything is chosen.
+the penalty of a probe (then fitted to all training users), and which epoch of a network is kept.
 
     python finetune.py runs/first --data ucihar --mode tune
     python finetune.py runs/pool/* --data wisdm_watch                 # a probe of each run
@@ -28,11 +27,11 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from data import (SENSOR_CHOICES, SENSORS, UserError, build_parser, command, held_out_users,
-                  known, load, number, provenance, random_rotation, random_stream, read_json,
-                  replacing, require, windows_at, write_json)
+from data import (SENSOR_CHOICES, SENSORS, build_parser, command, held_out_users, known, load,
+                  number, provenance, random_rotation, random_stream, read_json, replacing,
+                  require, windows_at, write_json)
 from model import MAE
-from pretrain import choose_device, load_checkpoint, read_config
+from pretrain import choose_device, load_checkpoint
 
 PENALTIES = [3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4]            # L2, strongest first
 LEARNING_RATE = {"tune": 3e-4, "scratch": 1e-3}             # of the modes that train a network
@@ -49,17 +48,16 @@ def five_folds(rows, groups, name):
     order = random_stream(name).permutation(np.unique(groups[rows]))
     return [split_rows(rows, groups, order[k::5]) for k in range(min(5, len(order)))]
 
-def user_folds(meta, users, trained_on):
-    """Windows for training and for testing, [(train, test), ...]. Nobody is on both sides, tested
-    twice, or tested if the encoder was `trained_on` them. Who is tested: the official test users of
-    the set; else, if the encoder saw people of this set, the held-out ones that it didn't see (if
-    none, all that it didn't see); else everyone, in 5 folds."""
-    rows, seen = np.arange(len(users)), known(meta, trained_on)
-    official = [u for u, name in enumerate(meta["users"]) if name in (meta["test_users"] or [])]
-    unseen = set(range(len(meta["users"]))) - set(seen)
-    held_out = unseen & set(sum(held_out_users(meta), []))
+def user_folds(meta, users, seen):
+    """Windows for training and for testing, [(train, test), ...], nobody on both sides. Who is
+    tested: the official test users of the set; else, if the encoder has `seen` people of this set,
+    the held-out ones that are new to it (if none, all that are); else everyone, in 5 folds."""
+    rows = np.arange(len(users))
+    official = [meta["users"].index(name) for name in meta["test_users"] or []]
+    unseen = {*users} - {*seen}
+    held_out = unseen & {*sum(held_out_users(meta), [])}
     if official or seen:
-        return [split_rows(rows, users, official or sorted(held_out or unseen))]
+        return [split_rows(rows, users, official or list(held_out or unseen))]
     return five_folds(rows, users, "folds")
 
 def split_validation(train, groups):
@@ -72,7 +70,6 @@ def split_validation(train, groups):
 class Encoder(nn.Module):
     """Scaled windows (B, C, T) -> features (B, F): the mean over time of each sensor's patches, and
     their deviation. sensors: the numbers of the model's sensors, all by default."""
-
     def __init__(self, model, sensors=None):
         super().__init__()
         self.model, self.sensors = model, sensors
@@ -90,9 +87,7 @@ def in_batches(net, x):
 # ---------------------------------------------------------------- a probe: fit and predict
 def logistic_regression(x, y, l2, start, tolerance):
     """Multinomial logistic regression of y (n,) on x (n, F): weights (F + 1, K), the bias last.
-
         minimise over W, b   mean of -log softmax(x W + b)[y]  +  l2 / 2 |W|^2
-
     by L-BFGS from `start`, until no entry of the gradient is above `tolerance`."""
     w = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([w], max_iter=5000, history_size=20, tolerance_grad=tolerance,
@@ -116,13 +111,14 @@ def fit_probe(x, y, classes, fit, validation, final):
         z = (x[rows] - mean) / sd
         return Probe(logistic_regression(z, y[rows], l2, start, tolerance), mean, sd, l2)
 
-    probes, f1, weights = [], [], x.new_zeros(x.shape[1] + 1, classes)
+    best_f1, weights = -1, x.new_zeros(x.shape[1] + 1, classes)
     for l2 in PENALTIES:
-        probes.append(fit_rows(fit, l2, weights, tolerance=3e-4))
-        weights = probes[-1].weights                   # where the next one starts
-        predicted = predict(probes[-1], x[validation])
-        f1.append(scores(confusion(y[validation], predicted, classes))["macro_f1"])
-    best = probes[np.argmax(f1)]
+        probe = fit_rows(fit, l2, weights, tolerance=3e-4)
+        weights = probe.weights                        # where the next one starts
+        counts = confusion(y[validation], predict(probe, x[validation]), classes)
+        f1 = scores(counts)["macro_f1"]
+        if f1 > best_f1:
+            best, best_f1 = probe, f1
     return fit_rows(final, best.l2, best.weights, tolerance=5e-5)
 
 def predict(probe, x):
@@ -145,19 +141,16 @@ def scores(counts):
 
 # ---------------------------------------------------------------- encoder and head together
 def train_network(encoder, probe, x, y, classes, fit, validation, flags):
-    """Train encoder and head until the macro-F1 on `validation` hasn't risen for --patience epochs.
-    Returns the best network, windows (B, C, T) -> logits (B, K), and its epoch.
-
-    Features are standardised by BatchNorm without weights (He et al. 2021, A.1). The head starts
-    from `probe`: a random one would first distort the features (Kumar et al. 2022, 2202.10054).
-    A moving average of the weights is evaluated and kept, in place of a falling learning rate."""
+    """Train encoder and head until the macro-F1 on `validation` hasn't risen for --patience epochs:
+    the best network, windows (B, C, T) -> logits (B, K), and its epoch. BatchNorm standardises the
+    features (He et al. 2021, A.1). The head starts from `probe`: a random one would first distort
+    the features (Kumar et al. 2022, 2202.10054). A moving average of the weights is kept."""
     norm, head = nn.BatchNorm1d(len(probe.mean), affine=False), nn.Linear(len(probe.mean), classes)
     norm.running_mean, norm.running_var = probe.mean, probe.sd.square()
     head.weight.data, head.bias.data = probe.weights[:-1].T.contiguous(), probe.weights[-1]
     net = nn.Sequential(copy.deepcopy(encoder), norm, head).to(encoder.model.norm.weight.device)
     optimizer = torch.optim.RAdam(net.parameters(), LEARNING_RATE[flags.mode], weight_decay=0.05,
                                   decoupled_weight_decay=True)                 # warms up by itself
-    loss = nn.CrossEntropyLoss(label_smoothing=0.1)
     shift = min(net[0].model.patch, x.shape[2] - net[0].model.patch + 1)
     average, epoch, best_epoch, best_f1 = copy.deepcopy(net), 0, 0, -1
     while epoch - best_epoch < flags.patience:
@@ -167,7 +160,8 @@ def train_network(encoder, probe, x, y, classes, fit, validation, flags):
         for rows in np.array_split(rng.permutation(fit), max(1, len(fit) // 64)):
             batch = torch.from_numpy(random_rotation(x[rows].numpy(), 0.2, rng))
             logits = net(batch[..., rng.integers(shift):])     # patches start at any sample
-            loss(logits, y[rows].to(logits.device)).backward()
+            truth = y[rows].to(logits.device)
+            nn.functional.cross_entropy(logits, truth, label_smoothing=0.1).backward()
             optimizer.step()
             optimizer.zero_grad()
             for old, new in zip(average.state_dict().values(), net.state_dict().values()):
@@ -179,65 +173,60 @@ def train_network(encoder, probe, x, y, classes, fit, validation, flags):
             best, best_f1, best_epoch = copy.deepcopy(average), f1, epoch
     return best, best_epoch
 
-def score_fold(encoder, encoded, x, y, classes, groups, train, test, flags):
-    """Train on the rows `train`, score on the rows `test`."""
-    fit, validation = split_validation(train, groups)
-    network = flags.mode in LEARNING_RATE
-    final, epoch = fit if network else train, None     # validation must be new to a network
-    probe = fit_probe(encoded, y, classes, fit, validation, final)
-    predicted = predict(probe, encoded[test])
-    if network:
-        net, epoch = train_network(encoder, probe, x, y, classes, fit, validation, flags)
-        predicted = in_batches(net, x[test]).argmax(1)
-    counts = confusion(y[test], predicted, classes)
-    return {**scores(counts), "l2": probe.l2, "epoch": epoch, "n_train": len(train),
-            "n_test": len(test)}
+def score_folds(encoder, x, y, classes, users, names, folds, flags):
+    """Train and score on each fold: [{key: value}, ...]."""
+    encoded, scored = in_batches(encoder, x), []                               # (n, F)
+    for train, test in folds:
+        fit, validation = split_validation(train, users)
+        network = flags.mode in LEARNING_RATE          # validation must be new to a network
+        probe = fit_probe(encoded, y, classes, fit, validation, fit if network else train)
+        epoch, predicted = None, predict(probe, encoded[test])
+        if network:
+            net, epoch = train_network(encoder, probe, x, y, classes, fit, validation, flags)
+            predicted = in_batches(net, x[test]).argmax(1)
+        scored.append({**scores(confusion(y[test], predicted, classes)), "l2": probe.l2,
+                       "epoch": epoch, "n_train": len(train), "n_test": len(test),
+                       "train_users": np.unique(names[train]),
+                       "test_users": np.unique(names[test])})
+    return scored
 
 def summarise(folds):
     """A result: means and deviations over folds; F1 of each class and confusion over all folds."""
-    together = sum(torch.tensor(fold["confusion"]) for fold in folds)
-    result = {**scores(together), "folds": folds, "l2": [fold["l2"] for fold in folds],
-              "n_train": round(np.mean([fold["n_train"] for fold in folds])),
-              "n_test": sum(fold["n_test"] for fold in folds)}
+    each = {key: [fold[key] for fold in folds] for key in folds[0]}
+    result = {**scores(torch.tensor(each["confusion"]).sum(0)), "folds": folds, "l2": each["l2"],
+              "n_train": round(np.mean(each["n_train"])), "n_test": sum(each["n_test"]),
+              "test_users": np.unique(np.concatenate(each["test_users"]))}
     for key in ("accuracy", "macro_f1"):
-        values = [fold[key] for fold in folds]
-        result[key] = float(np.mean(values))
-        result[key + "_sd"] = float(np.std(values, ddof=1)) if len(folds) > 1 else 0.0
+        result[key] = float(np.mean(each[key]))
+        result[key + "_sd"] = float(np.std(each[key], ddof=1)) if len(folds) > 1 else 0.0
     return result
 
 def draw_confusion(path, result):
     """Of the windows of each true class, a row, the percentage of each prediction."""
     from matplotlib.figure import Figure
-    counts = np.array(result["confusion"])
-    percent = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    names = [name.replace("$", r"\$") for name in result["classes"]]    # else: a formula
-    figure = Figure((3.4 + 0.42 * len(names), 2.4 + 0.42 * len(names)), layout="constrained")
+    counts, names = np.array(result["confusion"]), result["classes"]
+    percent = 100 * counts / counts.sum(1, keepdims=True).clip(1)
+    figure = Figure((10, 10), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
-    for row, column in zip(*np.nonzero(percent >= 0.5)):
-        axes.text(column, row, f"{percent[row, column]:.0f}", ha="center", va="center", fontsize=8,
-                  color="white" if percent[row, column] > 50 else "black")
+    axes.imshow(percent, cmap="Blues", vmax=200)       # black numbers can be read on it
+    for row, column in np.argwhere(percent >= 0.5):
+        axes.text(column, row, f"{percent[row, column]:.0f}", ha="center", va="center")
     axes.set_xticks(range(len(names)), names, rotation=90)
     axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="predicted", ylabel="true", title=path.stem)
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+        figure.savefig(temporary)
 
 # ---------------------------------------------------------------- a run, the command
 def load_run(run):
     """A pre-trained model with the weights of its best step, and its config. Raises UserError."""
-    config, saved = read_config(run), load_checkpoint(run)
-    finished = "step" not in saved                     # an exported encoder
-    if (run / "result.json").exists():
-        finished = finished or read_json(run / "result.json")["steps"] == saved["step"]
-    require("best" in saved and finished, f"{run} isn't finished: let pretrain.py end first")
-    try:
-        model = MAE(**config["model"])
-        model.load_state_dict(saved["best"])
-    except (TypeError, RuntimeError) as error:
-        raise UserError(f"{run} has no weights that fit its config.json and this model.py "
-                        f"({error!r:.99})") from None
-    return model.eval(), config
+    config, saved = read_json(run / "config.json"), load_checkpoint(run)
+    exported = "step" not in saved                     # as results/encoder
+    require("best" in saved and (exported or (run / "result.json").exists()),
+            f"{run} isn't finished: let pretrain.py end first")
+    model = MAE(**config["model"]).eval()
+    load_checkpoint(run, best=model)
+    return model, config
 
 def random_model(config, mode):
     """The model of a run with random weights. Blocks start as the identity, which mixes nothing:
@@ -254,48 +243,37 @@ def sensor_numbers(run, pretrained, wanted):
     """Which sensors of a model that was pre-trained on `pretrained` read those `wanted`."""
     require(pretrained in ("both", wanted), f"{run} was pre-trained with --sensors {pretrained}: "
             "leave --sensors away, or give the same")
-    if pretrained != "both":
-        return [0]
-    return [number for number, name in enumerate(SENSORS) if wanted in ("both", name)]
+    chosen = [number for number, name in enumerate(SENSORS) if wanted in ("both", name)]
+    return chosen if pretrained == "both" else [0]
 
 FLAGS = {                # name: (default, range or choices, what it does)
     "data": ("simulated", str, "a prepared set with labels"),
     "mode": ("probe", ["probe", "tune", "scratch", "random"], "see above"),
     "sensors": (None, SENSOR_CHOICES, "use that sensor only; without it, those of the run"),
     "label_users": (None, number(int, 1), "train on so many users; without it, on all"),
-    "split": ("user", ["user", "window"], "window: split windows at random, to show what a leak of "
-              "people adds"),
-    "patience": (8, number(int, 1), "tune, scratch: end after so many epochs without a better "
-                 "validation macro-F1"),
+    "split": ("user", ["user", "window"], "window: at random, to show what a leak of people adds"),
+    "patience": (8, number(int, 1), "tune, scratch: end after so many epochs without progress"),
     "device": ("auto", str, "cpu, cuda or mps; auto takes a GPU if there is one"),
 }
 
 def few_users(folds, users, count):
-    """Folds with only `count` of their training users (a larger count has all of a smaller one's);
-    a single fold is drawn 5 times."""
+    """Folds with `count` of their training users, nested; a single fold is drawn 5 times."""
     few = []
     for k, (train, test) in enumerate(folds * (5 if len(folds) == 1 else 1)):
         order = random_stream("label users", k).permutation(np.unique(users[train]))
-        few.append((split_rows(train, users, order[:count])[1], test))
+        require(count <= len(order), f"--label-users {count} is more than {len(order)}: take fewer")
+        few.append((train[np.isin(users[train], order[:count])], test))
     return few
 
 def folds_of(run, trained_on, flags, meta, users):
-    """The folds that the flags ask for, and groups (n,), each wholly in validation or not."""
-    folds, groups, seen = user_folds(meta, users, trained_on), users, known(meta, trained_on)
-    fair = [len(train) and len(test) and not np.isin(users[test], seen).any()
-            for train, test in folds]
-    require(folds and all(fair), f"{flags.data} has too few users to test: {run} was pre-trained "
-            f"on {len(seen)} of {len(meta['users'])}; take another set or run")
-    if flags.label_users:
-        least = min(len(np.unique(users[train])) for train, _ in folds)
-        require(flags.label_users <= least, f"--label-users {flags.label_users} is more than the "
-                f"{least} training users of a fold: take fewer")
-        folds = few_users(folds, users, flags.label_users)
-    if flags.split == "window":                        # same sizes, but people on both sides
-        order = random_stream("windows").permutation(np.concatenate(folds[0]))
-        tests = np.split(order, np.cumsum([len(test) for _, test in folds]))[:len(folds)]
-        folds, groups = [(np.setdiff1d(order, test), test) for test in tests], np.arange(len(users))
-    return folds, groups
+    """The folds that the flags ask for. UserError if nobody is left to train on or to test."""
+    seen = known(meta, trained_on)
+    folds = user_folds(meta, users, seen)
+    for train, test in folds:
+        fair = len(train) and len(test) and not np.isin(users[test], seen).any()
+        require(fair, f"{flags.data} has too few users to test: {run} was pre-trained on "
+                f"{len(seen)} of {len(meta['users'])}; take another set or run")
+    return few_users(folds, users, flags.label_users) if flags.label_users else folds
 
 def result_name(flags):
     """Only plain DATA-probe enters the table of a grid."""
@@ -311,29 +289,25 @@ def score_run(run, flags, prepared):
     pretrained = config["flags"].get("sensors", "both")
     sensors = flags.sensors or pretrained
     numbers = sensor_numbers(run, pretrained, sensors)
-    users, y = prepared.users[rows], torch.from_numpy(prepared.labels[rows].astype(np.int64))
-    folds, groups = folds_of(run, config["trained_on"], flags, meta, users)
+    users = prepared.users[rows]
+    names = np.array(meta["users"])[users]
+    if flags.split == "window":                        # as if anyone had recorded each window
+        users = random_stream("windows").permutation(users)
+    folds = folds_of(run, config["trained_on"], flags, meta, users)
     weights = b"".join(w.numpy().tobytes() for w in trained.state_dict().values())
-    made_of = {"data": flags.data, "mode": flags.mode, "fingerprint": meta["fingerprint"],
-               "weights": hashlib.sha256(weights).hexdigest(), "sensors": sensors,
+    made_of = {"fingerprint": meta["fingerprint"], "sensors": sensors,
+               "weights": hashlib.sha256(weights).hexdigest(),
                "patience": flags.patience if flags.mode in LEARNING_RATE else None}
     path = run / "finetune" / f"{result_name(flags)}.json"
     result = read_json(path) if path.exists() else {}
     if made_of.items() <= result.items():
         return result
     x = torch.from_numpy(windows_at(prepared, rows, sensors))                  # (n, C, T)
+    y, classes = torch.from_numpy(prepared.labels[rows]).long(), meta["classes"]
     model = trained if flags.mode in ("probe", "tune") else random_model(config, flags.mode)
     encoder = Encoder(model.to(choose_device(flags.device)), numbers)
-    encoded, classes = in_batches(encoder, x), len(meta["classes"])            # (n, F)
-    scored = []
-    for train, test in folds:
-        fold = score_fold(encoder, encoded, x, y, classes, groups, train, test, flags)
-        for part, chosen in (("train_users", train), ("test_users", test)):
-            fold[part] = [meta["users"][user] for user in np.unique(users[chosen])]
-        scored.append(fold)
-    tested = sorted({user for fold in scored for user in fold["test_users"]})
-    result = {**summarise(scored), **made_of, "test_users": tested, "classes": meta["classes"],
-              "provenance": provenance()}
+    scored = score_folds(encoder, x, y, len(classes), users, names, folds, flags)
+    result = {**summarise(scored), **made_of, "classes": classes, "provenance": provenance()}
     draw_confusion(path.with_suffix(".png"), result)
     write_json(path, result)
     return result

@@ -5,13 +5,13 @@ Pre-training: one cell of the grid. Users, hours per user, architecture -> loss 
 
     python pretrain.py --data simulated --users 8 --out runs/first
 
-The learning rate never stops falling, a moving average of the weights is evaluated and kept, and a
-run ends when the held-out loss has stopped improving (--patience), or at --steps. Batch and masks
-of step t are drawn from (seed, t) alone, so a run that was cut off goes on bit-identically.
+The learning rate never stops falling, an average of the weights is evaluated and kept, and a run
+ends when its held-out loss has stopped improving (--patience), or at --steps. The batch of step t
+is drawn from (seed, t) alone, so a run that was cut off goes on bit-identically.
 """
 import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")    # before torch: idle threads sleep
-import argparse, copy, inspect, io, json, math, platform, time
+import copy, inspect, json, math, platform, time
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from data import (RATE, SENSOR_CHOICES, SENSORS, UserError, build_parser, command, draw_windows,
+from data import (CHANNELS, SENSOR_CHOICES, UserError, build_parser, command, draw_windows,
                   held_out_users, held_out_windows, identities, load, number, people, provenance,
                   random_rotation, random_stream, read_json, replacing, require, training_users,
                   windows_at, write_json)
@@ -36,8 +36,7 @@ def masks_for(x, flags, *key):
     return draw_masks(len(x), tokens, flags.mask_ratio, torch.Generator().manual_seed(seed))
 
 def batch_at(step, prepared, rows, flags):
-    """The batch of `step`, drawn with replacement (there are no epochs) from the seed and the step
-    alone: x (B, C, T), keep, masked."""
+    """The batch of `step`, drawn from the seed and the step alone: x (B, C, T), keep, masked."""
     drawn = random_stream(flags.seed, "batch", step).integers(len(rows), size=flags.batch)
     x = windows_at(prepared, rows[drawn], flags.sensors)
     if flags.rotate:
@@ -46,16 +45,16 @@ def batch_at(step, prepared, rows, flags):
 
 def held_out(prepared, flags, device="cpu"):
     """The evaluation, the same for every cell: windows x (n, C, T) of people who are never trained
-    on; their masks; person (n,), an index into people; half (people,), 0 or 1: see cross_fitted."""
+    on; their masks; person (n,), an index into people; half (people,): see cross_fitted."""
     half_a, half_b = held_out_users(prepared.meta)
     users = half_a + half_b
     rows = held_out_windows(prepared, users, most=32)
-    x = torch.from_numpy(windows_at(prepared, rows, flags.sensors))
-    keep, masked = masks_for(x, flags, "held-out masks")
+    x = windows_at(prepared, rows, flags.sensors)
+    batch = torch.from_numpy(x), *masks_for(x, flags, "held-out masks")
     person = np.array([users.index(user) for user in prepared.users[rows]])
-    half = np.isin(users, half_b).astype(int)
     everyone = people(prepared.meta, users)
-    return HeldOut(x.to(device), keep.to(device), masked.to(device), person, everyone, half)
+    half = np.isin(users, half_b)
+    return HeldOut(*[part.to(device) for part in batch], person, everyone, half)
 
 # ---------------------------------------------------------------- optimisers, schedule, average
 def orthogonal(x):
@@ -103,16 +102,14 @@ def update_average(average, model, step, gamma):
 
 # ---------------------------------------------------------------- the loop
 def new_state(model, flags):
-    """A run between two steps: all that the next step depends on, and all that a checkpoint holds.
-    best: the averaged weights at the step with the lowest held-out loss, which are the outcome;
-    train_loss: the sum of losses since the last line of the history."""
+    """A run between two steps, and what a checkpoint holds. best: the averaged weights with the
+    lowest held-out loss, the outcome. train_loss: a sum since the last line of the history."""
     muon, adamw = build_optimizers(model, flags.lr, flags.weight_decay)
     return SimpleNamespace(model=model, average=copy.deepcopy(model).eval(), muon=muon, adamw=adamw,
                            step=0, seconds=0.0, train_loss=0.0, history=[], best={})
 
 def objective(model, x, keep, masked):
-    """What training minimises, a number: the mean over the batch of the loss that is reported. An
-    auxiliary term is added here, and nowhere else."""
+    """What training minimises, a number. An auxiliary term is added here, and nowhere else."""
     return model(x, keep, masked).mean()
 
 def train(state, prepared, rows, held, flags):
@@ -120,7 +117,6 @@ def train(state, prepared, rows, held, flags):
     --steps is reached. Yields after each step: then the caller may save the state."""
     device = held.x.device
     began = time.monotonic() - state.seconds           # as if it had never been cut off
-    step_flops = 3 * flags.batch * forward_flops(state.model, held.x.shape[2], flags.mask_ratio)
     while state.step < flags.steps and not has_converged(state.history, flags.patience):
         batch = [part.to(device) for part in batch_at(state.step, prepared, rows, flags)]
         with torch.autocast(device.type, torch.bfloat16, enabled=flags.precision == "bf16"):
@@ -136,7 +132,7 @@ def train(state, prepared, rows, held, flags):
         state.train_loss = state.train_loss + loss.detach()      # may come from another device
         state.seconds = time.monotonic() - began
         if is_evaluated(state.step) or state.step == flags.steps:
-            record(state, evaluate(state.average, held), flags, step_flops)
+            record(state, held, flags)
         yield
 
 # ---------------------------------------------------------------- the held-out loss, and the end
@@ -149,45 +145,42 @@ def evaluate(loss_of, held):
 
 def is_evaluated(step):
     """Whether to evaluate: at steps about 7 % apart, whatever the length of the run."""
-    return step >= 16 and math.floor(math.log(step, 1.07)) < math.floor(math.log(step + 1, 1.07))
+    return step >= 16 and int(math.log(step, 1.07)) < int(math.log(step + 1, 1.07))
 
 def best_step(history):
     return min(history, key=lambda line: line["loss"])["step"]
 
 def has_converged(history, patience):
-    """Whether the held-out loss hasn't improved in the last `patience` (a share) of the steps.
-    Never before 300: many cells learn nothing new for about 200 steps, then go on."""
+    """Whether the held-out loss hasn't improved in the last `patience` (a share; 0: never) of the
+    steps. Not before 300: many cells learn nothing new for about 200 steps, then go on."""
     step = history[-1]["step"] if history else 0
-    if step < 300 or not patience:                     # --patience 0: only --steps ends a run
-        return False
-    return best_step(history) <= (1 - patience) * step
+    return step >= 300 and patience > 0 and best_step(history) <= (1 - patience) * step
 
 def cross_fitted(history, half):
     """Each held-out person's loss (people,), at the evaluation that is best for the *other* half:
     at their own best it would be too low, the luckiest of many."""
     losses = np.array([line["people"] for line in history])              # (evaluations, people)
     best_of_0, best_of_1 = (losses[:, half == h].mean(1).argmin() for h in (0, 1))
-    return np.where(half == 0, losses[best_of_1], losses[best_of_0])
+    return np.where(half, losses[best_of_0], losses[best_of_1])
 
 # ---- from here on: files, flags, figures
 SAVE_EVERY = 10          # seconds: what a kill of any kind costs at most
 COUNT, AMOUNT, SHARE = number(int, 1), number(float, 0), number(float, 0, 1)
+FAST_BF16 = torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16")
 FLAGS = {                # name: (default, range or choices, what it does)
     "data": ("simulated", str, "prepared set, or several pooled: a+b+c"),
     "users": (None, COUNT, "training users; without it, all who aren't held out"),
-    "hours_per_user": (None, AMOUNT, "at most so many hours of each; without it, all"),
+    "hours_per_user": (None, number(float, 0.0027), "at most so many of each; without it, all"),
     "sensors": ("both", SENSOR_CHOICES, "both, or one (half the tokens)"),
     "width": (64, COUNT, "parameters and time grow with its square"),
     "depth": (3, COUNT, "blocks of the encoder"),
     "heads": (4, COUNT, "the width must be a multiple of 2 x heads"),
     "patch": (5, COUNT, "samples in a token: halving it doubles the cost"),
     "mask_ratio": (0.75, SHARE, "share of hidden tokens: more is harder"),
-    "target": ("raw", ["raw", "window"], "window: predict the signal normalised by window: better "
-               "features, but losses can't be compared with those of raw"),
+    "target": ("raw", ["raw", "window"], "window: better features, but losses of another kind"),
     "rotate": (0.0, AMOUNT, "random rotation of about so many rad"),
     "steps": (20000, COUNT, "updates at most; raise it to lengthen a run"),
-    "patience": (0.3, SHARE, "end when the held-out loss hasn't improved over this share of the "
-                 "steps so far; 0: run all of --steps"),
+    "patience": (0.3, SHARE, "end after this share of all steps without a better loss; 0: never"),
     "batch": (64, COUNT, "windows in an update"),
     "lr": (0.02, AMOUNT, "peak learning rate, the same for every width"),
     "weight_decay": (0.05, AMOUNT, "pull of the weights towards zero"),
@@ -195,140 +188,108 @@ FLAGS = {                # name: (default, range or choices, what it does)
     "decay": (0.5, AMOUNT, "how fast it falls: (1 + step / tau)^-decay"),
     "average": (7, AMOUNT, "gamma of the averaged weights: larger forgets sooner"),
     "seed": (0, number(int, 0), "draws users, windows, weights, batches, masks"),
-    "precision": ("auto", ["auto", "fp32", "bf16"], "auto: bf16 if the processor has it"),
+    "precision": ("bf16" if FAST_BF16 else "fp32", ["fp32", "bf16"], "bf16 where it is faster"),
 }
 MACHINE = {              # the same, of what doesn't change the result of a run
     "device": ("auto", str, "cpu, cuda or mps; auto takes a GPU if there is one"),
-    "threads": (0, number(int, 0), "CPU threads; 0: all cores"),
+    "threads": (os.cpu_count(), COUNT, "CPU threads"),
     "plot": (False, bool, "draw RUN/reconstruction.png: true and predicted signal"),
     "out": ("runs/pretrain", str, "folder of this run; the same command resumes it"),
 }
 
-def check_flags(a, prepared, held, trainable):
-    """Raise UserError for flags that don't suit these data."""
-    samples, seconds = prepared.windows.shape[2], prepared.meta["seconds"]
-    hours = a.hours_per_user or 1
-    require((a.users or 0) <= trainable, f"--users {a.users}: there are {trainable} to train on")
-    require(hours * 3600 > 0.99 * seconds, f"--hours-per-user {hours}: a window has {seconds} s")
+def check_flags(a, held, users):
+    """UserError for flags that don't suit these data."""
+    require(len(users) >= (a.users or 0), f"--users {a.users}: there are {len(users)} to train on")
     require(a.width % (2 * a.heads) == 0, f"--width isn't a multiple of {2 * a.heads}, 2 x heads")
-    require(samples % a.patch == 0, f"--patch {a.patch} doesn't divide a window, {samples} samples")
+    require(held.x.shape[2] % a.patch == 0, f"--patch doesn't divide {held.x.shape[2]} samples")
     require(held.keep.numel() and held.masked.numel(), "--mask-ratio hides all tokens or none")
-    require(held.x.std(2).any(), f"the held-out people of {a.data} don't move: no loss can be told")
-
-def model_arguments(settings, sensors):
-    """The arguments of MAE: every flag named as one is, but sensors: how many there are."""
-    names = inspect.signature(MAE).parameters
-    return {name: settings[name] for name in names if name in settings} | {"sensors": sensors}
 
 def choose_device(name):
     """The torch device `name`; "auto" takes a GPU if there is one."""
-    if name == "auto":
-        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: take another; {str(error).splitlines()[0]}") from None
+        return torch.zeros(1, device=best if name == "auto" else name).device
+    except Exception:                                  # torch raises many kinds
+        raise UserError(f"--device {name}: this PyTorch has none here, take another") from None
 
 # ---------------------------------------------------------------- a run is never lost
-def record(state, losses, flags, step_flops):
-    """Note the losses (people,) of the averaged weights, print a line, keep the best weights."""
+def record(state, held, flags):
+    """Evaluate the averaged weights, note it, print it, keep the best weights."""
+    losses = evaluate(state.average, held)
+    loss = losses.mean().item()
+    require(math.isfinite(loss), f"no finite loss at step {state.step}: choose a lower --lr")
     since = state.step - (state.history[-1]["step"] if state.history else 0)
-    train_loss, loss = float(state.train_loss) / since, losses.mean().item()
+    train_loss = float(state.train_loss) / since
     state.train_loss = 0.0
-    state.history.append({
-        "step": state.step, "train_loss": train_loss, "loss": loss, "people": losses.tolist(),
-        "seconds": round(state.seconds, 3), "flops": state.step * step_flops})
+    flops = 3 * flags.batch * forward_flops(state.model, held.x.shape[2], flags.mask_ratio)
+    state.history.append({"step": state.step, "train_loss": train_loss, "loss": loss,
+                          "people": losses.tolist(), "seconds": state.seconds,
+                          "flops": state.step * flops})
     if best_step(state.history) == state.step:
         state.best = copy.deepcopy(state.average.state_dict())
-    left = state.seconds / state.step * (flags.steps - state.step)
-    print(f"step {state.step:6d}  train {train_loss:.4f}  held-out {loss:.4f}  "
-          f"{state.seconds:.0f} s, at most {left:.0f} s left", flush=True)
+    print(f"step {state.step:6d} of {flags.steps}  train {train_loss:.4f}  held-out {loss:.4f}  "
+          f"{state.seconds:.0f} s", flush=True)
 
 def save_checkpoint(run, state):
-    """Write checkpoint.pt and metrics.jsonl. UserError if a weight or a loss isn't finite."""
-    losses = torch.tensor([line["loss"] for line in state.history])
-    finite = [part.isfinite().all() for part in (losses, *state.model.parameters())]
-    require(all(finite), f"nan or infinite weights at step {state.step}: choose a lower --lr")
+    """Write checkpoint.pt and metrics.jsonl."""
     content = {name: part.state_dict() if hasattr(part, "state_dict") else part
                for name, part in vars(state).items()}
-    packed = io.BytesIO()                              # torch.save to a file hides a full disk
-    torch.save(content, packed)
-    with replacing(run / "checkpoint.pt") as temporary:
-        temporary.write_bytes(packed.getbuffer())
+    with replacing(run / "checkpoint.pt") as temporary, open(temporary, "wb") as file:
+        torch.save(content, file)                      # given a path, it hides a full disk
     with replacing(run / "metrics.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in state.history))
 
-def load_checkpoint(run):
-    """What checkpoint.pt holds, on the CPU; {} if there is none. UserError if it is damaged."""
+def load_checkpoint(run, **parts):
+    """What checkpoint.pt holds, or {}. `parts`, modules and optimisers, get what it has of them."""
     path = run / "checkpoint.pt"
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except Exception as error:                         # zip reader and unpickler raise many kinds
-        raise UserError(f"{path} is damaged ({error!r:.99}): delete it, and the same command "
-                        "starts again") from None
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+    except Exception as error:                         # torch raises many kinds
+        raise UserError(f"{path} is damaged, or made by other code than this ({error!r:.99}): "
+                        "delete it, or choose another --out") from None
+    return saved
 
 def resume(run, state, config):
     """Bring a new `state` to where RUN stood. UserError if another command made that run."""
-    content = load_checkpoint(run)
-    if content or (run / "config.json").exists():
-        before = read_config(run)
-        check_same_run(run, before, config, content.get("step", 0))
-        config["provenance"] = before["provenance"]    # of the code that began it
-    try:
-        for name, saved in content.items():
-            part = getattr(state, name)
-            if hasattr(part, "load_state_dict"):
-                part.load_state_dict(saved)
-            else:
-                setattr(state, name, saved)
-    except (RuntimeError, ValueError, AttributeError, LookupError):
-        raise UserError(f"{run} was made by other code than this: choose another --out") from None
+    if not (run / "config.json").exists():
+        return
+    before = read_json(run / "config.json")
+    check_same_run(run, before, config)
+    config["provenance"] = before["provenance"]        # of the code that began it
+    parts = {name: part for name, part in vars(state).items() if hasattr(part, "load_state_dict")}
+    vars(state).update(load_checkpoint(run, **parts) | parts)
 
-def read_config(run):
-    """The config.json of a run. Raises UserError if `run` is not a run."""
-    path = run / "config.json"
-    require(path.exists(), f"{run} is not a run of pretrain.py: it has no config.json")
-    return read_json(path)
-
-def check_same_run(run, before, now, done):
-    """UserError if another command made `run`: --steps may be anything from what is done on, and
-    --patience be raised. A flag that the older one doesn't name had its default."""
-    defaults = {name: default for name, (default, _, _) in FLAGS.items()}
-    old, new = ({**defaults, **config["flags"], "fingerprint": config["fingerprint"]}
+def check_same_run(run, before, now):
+    """UserError if another command made `run`; but --steps and --patience may be raised."""
+    defaults = {name: default for name, (default, *_) in FLAGS.items()}        # of older runs
+    old, new = (defaults | config["flags"] | {"fingerprint": config["fingerprint"]}
                 for config in (before, now))
-    if new["steps"] >= done:
-        old["steps"] = new["steps"]
-    if (new["patience"] or 1) >= (old["patience"] or 1):         # 0: no end
-        old["patience"] = new["patience"]
-    changed = ", ".join(f"{name} {old.get(name)} -> {new.get(name)}" for name in {**old, **new}
-                        if old.get(name) != new.get(name))
-    require(not changed, f"{run} holds {done} steps of another run ({changed}): choose another "
-            "--out, or delete that folder")
+    for limit in ("steps", "patience"):
+        if (new[limit] or math.inf) >= (old[limit] or math.inf):         # --patience 0: no end
+            old[limit] = new[limit]
+    changed = [f"{name} {value} -> {new.get(name)}" for name, value in old.items()
+               if value != new.get(name)]
+    require(not changed, f"{run} is another run ({', '.join(changed)}): choose another --out")
 
 # ---------------------------------------------------------------- picture, result, the command
 @torch.no_grad()
 def draw_reconstruction(path, model, held, sensors):
-    """True and predicted signal of `sensors` (names) in held-out windows, from the median on to the
-    liveliest."""
+    """True and predicted signal in every 100th held-out window, as the model reads them."""
     from matplotlib.figure import Figure
-    order = held.x.std(2).mean(1).argsort()
-    chosen = order[len(order) // 2::max(1, len(order) // 6)]
-    x, keep, masked = (part[chosen] for part in held[:3])
-    predicted = model.reconstruct(x, keep, masked)
-    figure = Figure((14, 6), layout="constrained")
-    for k, axes in enumerate(figure.subplots(len(sensors), squeeze=False).flat):
-        sensor = SENSORS[sensors[k]]
-        for signal, width in ((x, 0.8), (predicted, 2.5)):
-            y = sensor.scale * np.hstack(signal[:, 3 * k:3 * k + 3].cpu()).T   # (n T, 3)
-            axes.set_prop_cycle(None)                  # x, y, z have the same colours again
-            axes.plot(np.arange(len(y)) / RATE, y, lw=width)
-        axes.set_ylabel(f"{sensors[k]} ({sensor.unit})")
-    axes.set_xlabel("s (thin: the true signal; thick: the prediction of what was hidden)")
-    figure.legend(axes.lines[:3], "xyz", loc="outside right upper")
+    x, keep, masked = (part[::100] for part in held[:3])
+    pairs = torch.stack([x, model.reconstruct(x, keep, masked)], dim=3)        # (n, C, T, 2)
+    channels = [name for name in CHANNELS if sensors in ("both", name[:-2])]
+    figure = Figure((14, 12), layout="constrained")
+    for k, axes in enumerate(figure.subplots(len(channels))):
+        axes.plot(pairs[:, k].flatten(0, 1).cpu())     # (n T, 2): one window after another
+        axes.set_ylabel(channels[k])
+    axes.legend(["scaled signal", "prediction of what was hidden"])
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=100)
+        figure.savefig(temporary)
 
 def result_of(config, state, held, baseline, windows, hours):
     """A run as a row of a grid's table, and the loss of each held-out person."""
@@ -341,39 +302,34 @@ def result_of(config, state, held, baseline, windows, hours):
         **flags, "loss": losses.mean(), "loss_last": last["loss"], "baseline_loss": baseline.mean(),
         "unexplained": losses.mean() / baseline.mean(), "users": users, "hours": hours,
         "hours_per_user": hours / users, "hours_cap": flags["hours_per_user"], "windows": windows,
-        "params": params, "params_encoder": params_encoder, "steps": state.step,
+        "params": params, "params_encoder": params_encoder, "steps": state.step, "people": people,
         "best_step": best_step(state.history), "patches": held.x.shape[2] // flags["patch"],
-        "converged": has_converged(state.history, flags["patience"]), "seconds": last["seconds"],
-        "windows_per_second": state.step * flags["batch"] / last["seconds"],
-        "flops": last["flops"], "versions": config["provenance"], "people": people,
+        "converged": has_converged(state.history, flags["patience"]), "seconds": state.seconds,
+        "windows_per_second": state.step * flags["batch"] / state.seconds, "flops": last["flops"],
         "device": f"{held.x.device}, {torch.get_num_threads()} threads, {platform.machine()}",
-        "config": {**flags, "fingerprint": config["fingerprint"]}}
+        "config": {**flags, "fingerprint": config["fingerprint"]}, "versions": config["provenance"]}
 
 def main():
     flags = build_parser(FLAGS | MACHINE, __doc__).parse_args()
     run, device = Path(flags.out), choose_device(flags.device)
-    torch.set_num_threads(flags.threads or os.cpu_count())
-    if flags.precision == "auto":
-        fast = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16")
-        flags.precision = "bf16" if fast else "fp32"
-
-    # The people of this run, their windows, the model.
-    prepared = load(flags.data)
-    users, held = training_users(prepared.meta, flags.seed), held_out(prepared, flags, device)
-    check_flags(flags, prepared, held, len(users))
-    users = users[:flags.users]
+    torch.set_num_threads(flags.threads)
+    prepared = load(flags.data)                        # the people of this run, their windows
+    users = training_users(prepared.meta, flags.seed)[:flags.users]
+    held = held_out(prepared, flags, device)
+    check_flags(flags, held, users)
     rows = draw_windows(prepared, users, flags.hours_per_user, flags.seed)
     hours = len(rows) * prepared.meta["seconds"] / 3600
     settings = {name: getattr(flags, name) for name in FLAGS}
-    arguments = model_arguments(settings, sensors=held.x.shape[1] // 3)
+    arguments = {name: settings[name] for name in FLAGS
+                 if name in inspect.signature(MAE).parameters}
+    arguments["sensors"] = held.x.shape[1] // 3        # how many
     torch.manual_seed(flags.seed)
     state = new_state(MAE(**arguments).to(device), flags)
     baseline = evaluate(state.model.baseline, held)
-
-    # From where it stood, or from the start.
     config = {"flags": settings, "fingerprint": prepared.meta["fingerprint"], "model": arguments,
               "trained_on": identities(prepared.meta, users), "provenance": provenance()}
-    resume(run, state, config)
+
+    resume(run, state, config)                         # from where it stood, or from the start
     write_json(run / "config.json", config)
     print(f"{len(rows)} windows of {len(users)} users, baseline loss {baseline.mean():.4f}")
     saved = state.seconds
@@ -386,8 +342,7 @@ def main():
     write_json(run / "result.json", result)
     if flags.plot:
         state.average.load_state_dict(state.best)
-        sensors = [name for name in SENSORS if flags.sensors in ("both", name)]
-        draw_reconstruction(run / "reconstruction.png", state.average, held, sensors)
+        draw_reconstruction(run / "reconstruction.png", state.average, held, flags.sensors)
     print(f"loss {result['loss']:.4f}, {result['unexplained']:.1%} of the baseline, best at step "
           f"{result['best_step']} of {state.step}; converged: {result['converged']}")
 
