@@ -36,7 +36,7 @@ CHANNELS = [f"{name}_{axis}" for name in SENSORS for axis in "xyz"]
 SCALE = np.float32([[sensor.scale] for sensor in SENSORS.values() for _ in "xyz"])     # (C, 1)
 
 # Below the line: mean_step (seconds a row), in_order, no_reading (rows that can't be motion),
-# random_stream (a generator by name), require (or an error is said).
+# left_out (of an account), random_stream (a generator by name), require (or an error is said).
 # ---------------------------------------------------------------- stamps to a clock
 def clock(t):
     """Stamps t (n,) -> times (n,), seconds a row, and for each row why it is dropped, or "". Stamps
@@ -46,15 +46,20 @@ def clock(t):
     uneven = burst.mean() > 0.05
     pause = np.median(steps[~burst]) if uneven else 0                          # between bursts
     why = np.full(len(t), "", object)
-    why[1:][(steps == 0) & ~uneven] = "stamps that repeat"
-    ends = np.flatnonzero((steps < -pause) | (steps > max(GAP, 2 * pause))) + 1
+    ends = np.flatnonzero((steps < -max(pause, 0.1)) | (steps > max(GAP, 2 * pause))) + 1
     for rows in np.split(np.arange(len(t)), ends):
+        if not uneven:
+            behind = t[rows[1:]] <= np.maximum.accumulate(t[rows[:-1]])
+            why[rows[1:][behind]] = "stamps that repeat or go back"
         width = min(round(SECONDS / step), len(rows) - 1) // 2 * 2 + 1         # rows, odd
         if len(rows) * step < GAP:
             why[rows] = f"stretches of less than {GAP} s"
         elif uneven and width > 1:
-            t[rows] = scipy.signal.savgol_filter(t[rows], width, 1)
+            lost = np.diff(t[rows], prepend=t[rows[0]])            # packets
+            lost = np.cumsum((lost - pause) * (lost > 1.5 * pause) * (pause > 1.5 * step))
+            t[rows] = scipy.signal.savgol_filter(t[rows] - lost, width, 1)
             pace = np.diff(t[rows])
+            t[rows] += lost
             if pace.max() > 1.5 * pace.min():
                 why[rows] = f"stamps of no steady rate (about {1 / step:.0f} rows a second)"
     return t, step, why
@@ -65,7 +70,7 @@ def stretches(stream, sensor):
     t, x = stream
     known = np.isfinite(t)
     if len(np.unique(t[known])) < 2:
-        return [], 0, Counter({"no stamps": len(t) / RATE, "all": len(t) / RATE})
+        return [], 0, Counter({"no stamps, or a single row": len(t) / RATE, "all": len(t) / RATE})
     row = np.arange(len(t))
     t = np.interp(row, row[known], t[known])       # missing stamps are filled
     order = in_order(t)
@@ -80,9 +85,12 @@ def stretches(stream, sensor):
         inside = why[rows[0]:rows[-1]]             # a view: this writes into why
         inside[inside != ""] = "mended: bridged over " + inside[inside != ""]
     account = Counter({reason: n * step for reason, n in Counter(why).items() if reason})
+    wide = np.diff(t) - step
+    account["mended: bridged over missing rows"] = wide[(wide > 1.5 * step) & (wide < GAP)].sum()
     account["mended: rows out of order, sorted"] = step * np.sum(order != row)
     account["mended: stamps in bursts, or rounded, spread evenly"] = step * np.sum(t != stamps)
-    account["all"] = sum(account.values()) + sum(t[rows[-1]] - t[rows[0]] + step for rows in parts)
+    spans = [t[rows[-1]] - t[rows[0]] + step for rows in parts]
+    account["all"] = sum(left_out(account).values()) + sum(spans)
     return [(t[rows], x[rows]) for rows in parts], step, account
 
 # ---------------------------------------------------------------- a clock to windows
@@ -98,6 +106,14 @@ def resample(t, x, start, n):
     low_pass = scipy.signal.firwin(RATE * k + 1, 9, fs=RATE * k, window=("kaiser", 5.65))    # 60 dB
     return scipy.signal.resample_poly(spline(grid), 1, k, window=low_pass, padtype="antireflect")
 
+def side_by_side(parts):
+    """Stretches of one clock or two that were recorded together, in the order of the file."""
+    at = [0] * len(parts)
+    while all(map(operator.lt, at, map(len, parts))):
+        yield (pair := [own[i] for own, i in zip(parts, at)])
+        first = min(t[-1] for t, _ in pair)
+        at = [i + (t[-1] < first + GAP) for i, (t, _) in zip(at, pair)]
+
 def cut(recordings, length):
     """Recordings (user, label, streams), a stream (t, x) for each clock -> arrays of windows
     (n, C, length), a row (user, label) for each window, and the account, a Counter of seconds by
@@ -106,8 +122,8 @@ def cut(recordings, length):
     for user, label, streams in recordings:
         parts, pace, accounts = zip(*map(stretches, streams, SENSORS.values()))
         own = functools.reduce(operator.or_, accounts)         # of two clocks, the larger of each
-        rest = own.pop("all", 0) - sum(own.values())
-        for pair in itertools.product(*parts):
+        rest = own.pop("all", 0) - sum(left_out(own).values())
+        for pair in side_by_side(parts):
             start, end = max(t[0] for t, _ in pair), min(t[-1] for t, _ in pair)
             n = max(0, math.floor((end - start) * RATE + 1e-6) + 1)
             if count := n // length:
@@ -136,7 +152,7 @@ def held_out_users(meta):
     """The users that no model is trained on: a fifth of each source's, at least 2, by a hash. Two
     halves: the best step for one is where the other is scored (pretrain.cross_fitted)."""
     half_a, half_b = [], []
-    hashes = [hashlib.sha256(f"{source}/{name}".encode()).hexdigest()
+    hashes = [hashlib.sha256(f"{source}/{name}".encode(errors="surrogateescape")).hexdigest()
               for source, name in zip(meta["sources"], meta["users"])]
     for group in by_source(meta):
         ranked = sorted(group, key=lambda user: hashes[user])
@@ -285,6 +301,10 @@ def provenance():
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "scipy")}
     return {"commit": git.stdout.strip(), "python": sys.version.split()[0], **versions}
 
+def left_out(account):
+    """The seconds that aren't in windows, by reason: what was mended is."""
+    return {why: seconds for why, seconds in account.items() if not why.startswith("mended")}
+
 def random_stream(*key):
     """A random generator for each use, by name: random_stream(seed, "masks", step)."""
     return np.random.default_rng([zlib.crc32(str(part).encode()) for part in key])
@@ -304,7 +324,7 @@ def in_order(t):
     short or backwards; else as they stand: the clock was set back, or restarted."""
     steps, order = np.diff(t), np.argsort(t, kind="stable")
     close = 0.6 * np.median(np.abs(steps[steps != 0])) if steps.any() else 0
-    mends = np.sum(np.diff(t[order]) < close) < np.sum(steps < close) / 2
+    mends = np.sum(np.diff(t[order]) < close) < np.sum(steps < close) - np.sum(steps < 0) / 2
     return order if mends else np.arange(len(t))
 
 def no_reading(x, sensor, step):
@@ -400,7 +420,7 @@ def uschad(content):
     return scipy.io.loadmat(io.BytesIO(content))["sensor_readings"] * ([1] * 3 + [DEGREE] * 3)
 
 # ---------------------------------------------------------------- own recordings
-TIME_UNITS = {"s": 1, "ms": 1e-3, "us": 1e-6, "ns": 1e-9, "minutes": 60}
+TIME_UNITS = {"s": 1, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 NO_LABEL = "-1,none,na,n/a,nan,null,unknown,undefined,unlabelled,unlabeled,no label,-,?".split(",")
 
 def folder(user, names, read, settings):
@@ -410,7 +430,9 @@ def folder(user, names, read, settings):
     path = Path(names[0])
     fields = np.load(path) if path.suffix.lower() == ".npz" else read_csv(path)
     x = fields["signal"].astype(float)
-    t = fields["t"] if "t" in fields else np.arange(len(x)) / fields["rate"].item()
+    rate = 1 if "t" in fields else fields["rate"].item()
+    require(0 < rate <= 900, f"{path}: rate is {rate}, not from 5 to 900 Hz")
+    t = fields["t"] if "t" in fields else np.arange(len(x)) / rate
     segment = fields.get("segment", np.zeros(len(x)))
     label = fields.get("label", np.full(len(x), "")).astype(str)
     three_axes_each = x.shape[1] in range(3, len(CHANNELS) + 1, 3)
@@ -421,7 +443,7 @@ def folder(user, names, read, settings):
     unit = [unit for unit, second in TIME_UNITS.items() if 0.0011 < step * second < 0.201]
     require(unit, f"{path}: t grows by {step:.3g} a row, in none of {[*TIME_UNITS]} 5 to 900 Hz")
     second, spelled = TIME_UNITS[unit[0]], one_spelling(label)
-    mended = {f"t read as {unit[0]}": second != 1,
+    mended = {f"t read as {unit[0]}, {1 / step / second:.4g} rows a second": second != 1,
               "rows out of order, sorted": np.any(order[1:] < order[:-1]),
               "other spellings of a label": np.any((spelled != label) & (spelled != ""))}
     for what, happened in mended.items():
@@ -437,7 +459,8 @@ def read_csv(path):
     """The columns of a .csv, named as the arrays of a .npz, but t (n,) in place of rate. UserError
     for a row with too many or too few fields, or without t. Other columns are left alone."""
     text = path.read_text("utf-8-sig").splitlines()
-    reader = csv.reader(text, delimiter=max(";\t,", key=text[0].count))
+    reader = csv.reader(text, delimiter=max(";\t,", key=text[0].count), skipinitialspace=True,
+                        strict=True)
     header = [column.strip().lower() for column in next(reader)]
     first, *others = (sensor.columns for sensor in SENSORS.values())
     given = [name for columns in others if {*columns} & {*header} for name in columns]
@@ -477,7 +500,8 @@ def one_spelling(label):
 def in_units(path, x, settings):
     """Readings x (n, C) to g and rad/s. UserError if they weren't in the unit that was given."""
     full = np.isfinite(x).all(1)
-    require(full.mean() > 0.5, f"{path}: most rows lack a sensor: join the sensors' rows by time")
+    require(full.mean() > 0.5, f"{path}: most rows have an empty or "
+            "unreadable field: join the sensors' rows by time, or leave a sensor's columns out")
     for (name, sensor), axes in zip(SENSORS.items(), np.split(x, x.shape[1] // 3, axis=1)):
         unit = settings[f"{name}_unit"]
         axes *= sensor.units[unit]                 # a view: this writes into x
@@ -601,7 +625,7 @@ def parts_of(settings, raw):
     if what == "simulated":
         names = [f"{user:03d}" for user in range(settings["users"])]
     elif what == "folder":
-        names = [str(path) for path in Path(raw).glob("[!.]*")]
+        names = [str(path) for path in Path(raw).glob("[!.~]*")]
     for name in names:
         if match := re.search(source.members, name):
             parts[match["part"].zfill(2 if source.rate else 0)].append(name)
@@ -672,8 +696,7 @@ def read_set(name, settings, raw):
         "channels": CHANNELS[:windows.shape[1]], "users": names,
         "sources": [given or (user.split("_")[0] if named else default) for user in names],
         "classes": classes, "windows": len(rows), "hours": len(rows) * source.seconds / 3600,
-        "left_out": {why: n for why, n in account.items() if not why.startswith("mended")},
-        "mended": {why: n for why, n in account.items() if why.startswith("mended")},
+        "left_out": left_out(account), "mended": account - Counter(left_out(account)),
         "remarks": remarks,
         "origin": "; ".join([source.text, *source.archives]),
         "test_users": [user for user in names if user in source.test_users] or None,
@@ -687,8 +710,10 @@ def to_look_at(names, windows, users, hashes):
     for user, name in enumerate(names):
         x = windows[users == user].astype(np.float32)                          # (n, C, T)
         moves = x.std(2) / SCALE[:x.shape[1], 0]
-        for channel in np.flatnonzero(moves.max(0) < 1e-3):
-            found[f"{CHANNELS[channel]} never moves: was it on?"].append(name)
+        still = (moves < 1e-6).mean(0)
+        for channel in np.flatnonzero(still > 0.1):
+            found[f"{CHANNELS[channel]} is constant in windows: was it on?"].append(
+                f"{name} {still[channel]:.0%}")
         if np.sqrt(np.mean(moves ** 2)) < 0.05:
             found["hardly moves: was it worn?"].append(name)
         if np.median(np.linalg.norm(x[:, :3].mean(2), axis=1)) < 0.5:
@@ -701,7 +726,7 @@ def to_look_at(names, windows, users, hashes):
 
 def about_files(names, raw):
     """Of own recordings: files that aren't read, and names that look like sessions of a person."""
-    files = sorted(path.name for path in Path(raw).glob("[!.]*"))
+    files = sorted(path.name for path in Path(raw).glob("[!.~]*"))
     others = [file for file in files if not re.search(SOURCES["folder"].members, file)]
     remarks = [f"not read, no .csv or .npz: {', '.join(others)}"] * any(others)
     stems = Counter(re.split(r"[-_. ]|(?<=\d)(?=[a-zA-Z])", name)[0] for name in names)
@@ -880,6 +905,7 @@ def main():
     a = parser.parse_args()
     if a.what == "plot":
         return plot(a.which)
+    require(not a.which, f"'{a.which}' is one word too many: a set's name is given by --name")
     if a.what is None:
         return overview()
     name = a.name or a.what

@@ -211,8 +211,8 @@ def draw_confusion(path, result):
     axes.imshow(percent, cmap="Blues", vmax=200)       # black numbers can be read on it
     for row, column in np.argwhere(percent >= 0.5):
         axes.text(column, row, f"{percent[row, column]:.0f}", ha="center", va="center")
-    axes.set_xticks(range(len(names)), names, rotation=90)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_xticks(range(len(names)), names, rotation=90, parse_math=False)
+    axes.set_yticks(range(len(names)), names, parse_math=False)
     axes.set(xlabel="predicted", ylabel="true", title=path.stem)
     with replacing(path) as temporary:
         figure.savefig(temporary)
@@ -295,7 +295,8 @@ def score_run(run, flags, prepared):
         users = random_stream("windows").permutation(users)
     folds = folds_of(run, config["trained_on"], flags, meta, users)
     weights = b"".join(w.numpy().tobytes() for w in trained.state_dict().values())
-    made_of = {"fingerprint": meta["fingerprint"], "sensors": sensors,
+    made_of = {"data": flags.data, "mode": flags.mode, "fingerprint": meta["fingerprint"],
+               "sensors": sensors,
                "weights": hashlib.sha256(weights).hexdigest(),
                "patience": flags.patience if flags.mode in LEARNING_RATE else None}
     path = run / "finetune" / f"{result_name(flags)}.json"

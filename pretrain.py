@@ -166,7 +166,6 @@ def cross_fitted(history, half):
 # ---- from here on: files, flags, figures
 SAVE_EVERY = 10          # seconds: what a kill of any kind costs at most
 COUNT, AMOUNT, SHARE = number(int, 1), number(float, 0), number(float, 0, 1)
-FAST_BF16 = torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16")
 FLAGS = {                # name: (default, range or choices, what it does)
     "data": ("simulated", str, "prepared set, or several pooled: a+b+c"),
     "users": (None, COUNT, "training users; without it, all who aren't held out"),
@@ -188,7 +187,7 @@ FLAGS = {                # name: (default, range or choices, what it does)
     "decay": (0.5, AMOUNT, "how fast it falls: (1 + step / tau)^-decay"),
     "average": (7, AMOUNT, "gamma of the averaged weights: larger forgets sooner"),
     "seed": (0, number(int, 0), "draws users, windows, weights, batches, masks"),
-    "precision": ("bf16" if FAST_BF16 else "fp32", ["fp32", "bf16"], "bf16 where it is faster"),
+    "precision": ("auto", ["auto", "fp32", "bf16"], "auto: bf16 where it is faster"),
 }
 MACHINE = {              # the same, of what doesn't change the result of a run
     "device": ("auto", str, "cpu, cuda or mps; auto takes a GPU if there is one"),
@@ -203,6 +202,7 @@ def check_flags(a, held, users):
     require(a.width % (2 * a.heads) == 0, f"--width isn't a multiple of {2 * a.heads}, 2 x heads")
     require(held.x.shape[2] % a.patch == 0, f"--patch doesn't divide {held.x.shape[2]} samples")
     require(held.keep.numel() and held.masked.numel(), "--mask-ratio hides all tokens or none")
+    require(held.x.std(2).any(), "the held-out people don't move: no loss can be told")
 
 def choose_device(name):
     """The torch device `name`; "auto" takes a GPU if there is one."""
@@ -227,8 +227,9 @@ def record(state, held, flags):
                           "flops": state.step * flops})
     if best_step(state.history) == state.step:
         state.best = copy.deepcopy(state.average.state_dict())
-    print(f"step {state.step:6d} of {flags.steps}  train {train_loss:.4f}  held-out {loss:.4f}  "
-          f"{state.seconds:.0f} s", flush=True)
+    left = state.seconds / state.step * (flags.steps - state.step)
+    print(f"step {state.step:6d}  train {train_loss:.4f}  held-out {loss:.4f}  "
+          f"{state.seconds:.0f} s, at most {left:.0f} s left", flush=True)
 
 def save_checkpoint(run, state):
     """Write checkpoint.pt and metrics.jsonl."""
@@ -255,7 +256,7 @@ def load_checkpoint(run, **parts):
 
 def resume(run, state, config):
     """Bring a new `state` to where RUN stood. UserError if another command made that run."""
-    if not (run / "config.json").exists():
+    if not any((run / name).exists() for name in ("config.json", "checkpoint.pt")):
         return
     before = read_json(run / "config.json")
     check_same_run(run, before, config)
@@ -313,6 +314,9 @@ def main():
     flags = build_parser(FLAGS | MACHINE, __doc__).parse_args()
     run, device = Path(flags.out), choose_device(flags.device)
     torch.set_num_threads(flags.threads)
+    if flags.precision == "auto":
+        fast = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16")
+        flags.precision = "bf16" if fast else "fp32"
     prepared = load(flags.data)                        # the people of this run, their windows
     users = training_users(prepared.meta, flags.seed)[:flags.users]
     held = held_out(prepared, flags, device)
@@ -328,7 +332,6 @@ def main():
     baseline = evaluate(state.model.baseline, held)
     config = {"flags": settings, "fingerprint": prepared.meta["fingerprint"], "model": arguments,
               "trained_on": identities(prepared.meta, users), "provenance": provenance()}
-
     resume(run, state, config)                         # from where it stood, or from the start
     write_json(run / "config.json", config)
     print(f"{len(rows)} windows of {len(users)} users, baseline loss {baseline.mean():.4f}")

@@ -214,6 +214,8 @@ def test_a_flag_that_an_old_run_does_not_name_had_its_default(run, refused):
     config["flags"]["mlp"] = "swiglu"                  # but a flag of the old code counts
     data.write_json(Path("runs/old/config.json"), config)
     refused(cell, "mlp swiglu -> None")
+    Path("runs/old/config.json").unlink()
+    refused(f"{cell} --seed 5", "config.json can't be read")
 
 def test_a_run_ends_by_itself(run):
     assert run(f"{TINY} --users 2 --hours-per-user 0.01 --lr 0.1 --out runs/ends")[0] == 0
