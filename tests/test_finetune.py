@@ -83,15 +83,19 @@ def test_official_test_users_are_tested_unless_one_was_trained_on(run, refused):
     assert result("official-probe", "saw-two")["test_users"] == ["p2", "p5", "p7"]
     refused("finetune.py runs/saw-one-of-them --data official", "too few users to test")
 
-def test_few_labelled_users_are_among_more_of_them(run):
+def test_few_labelled_users_are_among_more_of_them_and_scores_are_means_over_five_draws(run):
     for count in (1, 4):
         assert run(f"finetune.py runs/a --data official --label-users {count}")[0] == 0
-    draws = [result(f"official-probe-u{count}")["folds"] for count in (1, 4)]
-    assert [len(folds) for folds in draws] == [5, 5]                           # drawn five times
-    for folds in zip(*draws):
+    one, four = (result(f"official-probe-u{count}") for count in (1, 4))
+    for folds in zip(one["folds"], four["folds"], strict=True):
         few, more = (set(fold["train_users"]) for fold in folds)
-        assert (len(few), len(more)) == (1, 4) and few < more
-        assert not more & {"p2", "p5", "p7"}
+        assert (len(few), len(more)) == (1, 4) and few < more and not more & {"p2", "p5", "p7"}
+    assert four["classes"] == CLASSES and len(four["per_class_f1"]) == 3
+    assert four["n_test"] == np.sum(four["confusion"]) == 5 * 3 * 9 and four["n_train"] == 4 * 9
+    for key in ("accuracy", "macro_f1"):
+        each = [fold[key] for fold in four["folds"]]
+        assert four[key] == pytest.approx(np.mean(each))
+        assert four[f"{key}_sd"] == pytest.approx(np.std(each, ddof=1)) and len(each) == 5
 
 def test_a_split_by_window_shows_the_leak_that_a_split_by_user_hides(run):
     """Users do one activity each, and are told by how a sensor is worn: new ones can't be told."""
@@ -146,17 +150,6 @@ def test_scores_by_hand():
     assert scores["macro_f1"] == pytest.approx((4 / 7 + 1 / 2 + 0) / 3)
     assert scores["accuracy"] == pytest.approx(3 / 6)
 
-def test_a_result_has_its_files_and_keys(run):
-    assert run("finetune.py runs/a --data shakes --sensors acc --label-users 4")[0] == 0
-    assert Path("runs/a/finetune/shakes-probe-acc-u4.png").exists()
-    probe = result("shakes-probe-acc-u4")
-    assert probe["classes"] == CLASSES and len(probe["per_class_f1"]) == 3
-    assert probe["n_test"] == np.sum(probe["confusion"]) == 90 and probe["n_train"] == 4 * 9
-    for key in ("accuracy", "macro_f1"):
-        f1 = np.array([fold[key] for fold in probe["folds"]])
-        assert probe[key] == pytest.approx(f1.mean())
-        assert probe[f"{key}_sd"] == pytest.approx(f1.std(ddof=1))
-
 def test_the_sensors_of_a_run_reach_its_probes(run, refused):
     make_run("acc", sensors=1)
     for flags in ("", " --sensors acc"):
@@ -188,7 +181,8 @@ def test_a_network_keeps_the_epoch_that_is_best_for_validation_users(run, mode):
     assert network["macro_f1"] > 0.5                   # by chance: 0.33
     assert Path("runs/a/checkpoint.pt").read_bytes() == before
 
-def test_a_result_is_left_alone_until_the_weights_change_and_two_at_once_do_no_harm(run):
+def test_a_result_is_left_alone_until_the_weights_change_and_two_at_once_do_no_harm(
+        run, refused):
     make_run("b")
     words, folder = "runs/b --data red", Path("runs/b/finetune")
     two = [subprocess.Popen([sys.executable, finetune.__file__, *words.split()]) for _ in range(2)]
@@ -199,24 +193,15 @@ def test_a_result_is_left_alone_until_the_weights_change_and_two_at_once_do_no_h
     assert (folder / "red-probe.json").stat().st_mtime_ns == made
     make_run("b", seed=1)
     assert run(f"finetune.py {words}")[0] == 0 and result("red-probe", "b") != first
+    write(folder / "red-probe.json", "{")
+    refused(f"finetune.py {words}", "red-probe.json can't be read")
 
-def test_weights_without_a_decoder_are_a_run_that_knows_whom_it_saw(run, refused):
+def test_an_encoder_without_a_decoder_is_a_run_that_knows_whom_it_saw(run, refused):
     """As results/encoder."""
-    make_run("large", data.people(data.load("red").meta), width=64, depth=3, heads=4)
-    model, config = load_run(Path("runs/large"))
-    weights = {name: w for name, w in model.state_dict().items() if not name.startswith("decoder.")}
-    config["model"]["decoder_depth"] = 0
-    data.write_json(Path("runs/alone/config.json"), config)
-    torch.save({"best": weights}, "runs/alone/checkpoint.pt")
-    x = np.float32(np.random.default_rng(0).standard_normal((5, 6, 200))) / data.SCALE
-    alone, _ = load_run(Path("runs/alone"))
-    features, original = (in_batches(Encoder(each), x) for each in (alone, model))
-    assert features.shape == (5, 512) and torch.equal(features, original)
+    make_run("alone", data.people(data.load("red").meta), decoder_depth=0)
     refused("finetune.py runs/alone --data red", "too few users to test")
     assert run("finetune.py runs/alone --data pool")[0] == 0
     assert {user[:4] for user in result("pool-probe", "alone")["test_users"]} == {"blue"}
-    write("runs/alone/finetune/pool-probe.json", "{")
-    refused("finetune.py runs/alone --data pool", "pool-probe.json can't be read")
 
 @pytest.mark.parametrize("flags, words", {"unlabelled": "no labels", "nowhere": "not prepared",
                                           "shakes --label-users 20": "20 is more"}.items())
