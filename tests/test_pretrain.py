@@ -26,7 +26,6 @@ def weights(run):
     return {part: b"".join(x.numpy().tobytes() for x in state[part].values())
             for part in ("model", "average", "best")}
 
-# ---------------------------------------------------------------- what is trained, what is scored
 def test_a_batch_depends_on_the_seed_and_its_step_alone_and_the_evaluation_on_neither():
     prepared = data.load("simulated")
     def batch(seed, step):                             # x, keep, masked
@@ -112,7 +111,6 @@ def test_a_cell_leaves_what_it_was_and_what_it_got(run):
     assert len(trained_on) == 4 and not {(p["source"], p["user"]) for p in people} & trained_on
     assert Path("runs/a/reconstruction.png").stat().st_size > 10_000
 
-# ---------------------------------------------------------------- cut off, damaged, gone on with
 def start(line, first="pass"):
     program = f"import data, pretrain; {first}; data.command(pretrain.main)"
     words = ["env", f"PYTHONPATH={CODE}", sys.executable, "-c", program, *line.split()[1:]]
@@ -194,19 +192,14 @@ WINDOWS = """import multiprocessing, os, sys
 for name in ("fcntl", "resource", "pwd", "grp", "termios"):
     sys.modules[name] = None                           # an import of it fails
 del os.fork
-if __name__ == "__main__":
-    multiprocessing.set_start_method("spawn")
-    sys.path.insert(0, sys.argv[1])
-    import data, finetune, pretrain
-    for line in sys.argv[2:]:
-        sys.argv = line.split()
-        {"data.py": data, "pretrain.py": pretrain}[sys.argv[0]].main()
+multiprocessing.set_start_method("spawn")
 """
-def test_data_and_a_run_need_nothing_that_windows_lacks():
-    write("windows.py", WINDOWS)
-    lines = ["data.py simulated --users 4 --hours-per-user 0.02 --name spawned",
-             f"{TINY} --steps 2 --data spawned --out runs/windows"]
-    subprocess.run([sys.executable, "windows.py", CODE, *lines], check=True)
+def test_all_runs_without_what_windows_lacks():
+    write("sitecustomize.py", WINDOWS)                 # runs first, in every process
+    for line in ("data.py simulated --users 4 --hours-per-user 0.02 --name spawned",
+                 f"{TINY} --steps 2 --data spawned --out runs/windows",
+                 "finetune.py runs/windows --data spawned"):
+        words = [CODE / line.split()[0], *line.split()[1:]]
+        subprocess.run(["env", "PYTHONPATH=.", sys.executable, *words], check=True)
     forked = prepare("simulated", name="forked", users=4, hours_per_user=0.02)
     assert data.load("spawned").meta["fingerprint"] == forked.meta["fingerprint"]
-    assert read("runs/windows/result.json")["steps"] == 2
