@@ -80,24 +80,18 @@ def wisdm():
     yield zipped({"wisdm-dataset.zip": zipped(members, zipfile.ZIP_LZMA), "README.txt": "x"})
 
 def extrasensory():
-    """Three minutes of each user (the second phone in m/s^2), then one of each kind of failure."""
+    """Four minutes of two users, the second's in m/s^2: one as it should be, one in neither unit,
+    one without a gyroscope, one without a number."""
     members = {"raw_acc": {}, "proc_gyro": {}}
     for user, unit in ((ONE, 1), (TWO, GRAVITY)):
-        for i in range(7):
+        for i, unit in enumerate((unit, 4, unit, unit)):
             ta, tg = clock(20.5, 36, 5000 + 60 * i), clock(20.5, 40, 5000.011 + 60 * i)
-            a, g = np.c_[ta, movement(ta)[:, :3] * unit], np.c_[tg, movement(tg)[:, 3:]]
-            if i == 1:                                 # the clock repeats, runs back, leaps once
-                a[100, 0], g[200:206, 0], g[400, 0] = a[99, 0], g[200:206, 0] - 1, g[400, 0] + 1000
-            elif i == 2:                               # rows that are no numbers
-                a[50, 2], g[60, 1:] = np.nan, np.inf
-            elif i == 3:                               # neither g nor m/s^2
-                a[:, 1:] *= 4 / unit
-            elif i == 4:                               # too short
-                a, g = a[:300], g[:300]
-            for sensor, rows in (("raw_acc", a), ("proc_gyro", g))[:2 if i < 6 else 1]:
+            rows = {"raw_acc": np.c_[ta, movement(ta)[:, :3] * unit],
+                    "proc_gyro": np.c_[tg, movement(tg)[:, 3:]]}
+            for sensor in members if i != 2 else ["raw_acc"]:
                 name = f"{sensor}/{user}/{1444079161 + 60 * i}.m_{sensor}.dat"
-                members[sensor][name] = text("%.6f %.7g %.7g %.7g\n", rows)
-        members["raw_acc"][f"raw_acc/{user}/{1444079161 + 60 * 5}.m_raw_acc.dat"] = "nan\n"
+                lines = text("%.6f %.7g %.7g %.7g\n", rows[sensor])
+                members[sensor][name] = "nan\n" if (i, sensor) == (3, "raw_acc") else lines
     yield from map(zipped, members.values())
 
 def motionsense():
@@ -115,7 +109,7 @@ FORMATS = {  # name: (archives, users, windows, labels, s from start to first wi
     "ucihar": (ucihar, ["1", "2", "3"], 5, set(data.UCIHAR[:3]), 0),
     "wisdm_phone": (wisdm, ["1600", "1601"], 6, {"walking", "jogging"}, 0.37),
     "wisdm_watch": (wisdm, ["1600", "1601"], 6, {"walking", "jogging"}, 0.37),
-    "extrasensory": (extrasensory, [ONE, TWO], 12, set(), 0.011),
+    "extrasensory": (extrasensory, [ONE, TWO], 4, set(), 0.011),
     "motionsense": (motionsense, ["motionsense_01"], 2, {"wlk"}, 0),
     "sisfall": (sisfall, ["sisfall_SA01"], 2, {"D01"}, 0)}
 
@@ -134,11 +128,10 @@ def test_every_format_comes_out_as_the_movement_that_was_recorded(what):
     assert meta["sources"] == [what.split("_")[0]] * len(users)
     assert meta["test_users"] == (["2"] if what == "ucihar" else None)
     assert windows.dtype == np.float16 and meta["seconds"] == len(ticks) / 20
-    if what == "extrasensory":                         # minutes 3, 5, 6 and 4, of two people
+    if what == "extrasensory":
         assert meta["left_out"]["no reading"] == pytest.approx(2 * 20.5, abs=0.5)
-        assert meta["left_out"]["one sensor without the other"] == pytest.approx(82, abs=2)
+        assert meta["left_out"]["one sensor without the other"] == pytest.approx(4 * 20.5, abs=2)
 
-# ---------------------------------------------------------------- own recordings
 T60, X25, X60 = clock(60, 50), movement(clock(25, 50)), movement(clock(60, 50))
 COLUMNS = "t,ax,ay,az,gx,gy,gz"
 
@@ -301,7 +294,6 @@ def test_a_folder_that_cannot_be_used_is_refused_in_one_sentence_and_leaves_noth
     refuses(words, prepare, "folder", "own", "mine")
     assert not Path("data/mine").exists() and "Traceback" not in capfd.readouterr().err
 
-# ---------------------------------------------------------------- archives, downloads
 def test_a_corpus_survives_a_bad_line_and_names_an_archive_that_cannot_be_read():
     [archive] = motionsense()
     with zipfile.ZipFile(io.BytesIO(archive)) as file:
@@ -355,34 +347,32 @@ def test_a_download_arrives_whole_or_says_why_not_and_the_same_command_goes_on(
             assert not Path("a.zip.part").exists()
         server.shutdown()
 
-# ---------------------------------------------------------------- prepared once, again, damaged
 def test_preparing_twice_is_a_no_op_other_settings_are_refused_and_force_redoes(capsys):
-    for i in range(3):
-        write(f"own/u{i}.npz", npz())
-    first = prepare("folder", "own", "mine")
-    made = os.stat("data/mine/windows.npy").st_mtime_ns
+    for user in ("ann", "bob"):
+        write(f"own/{user}.npz", npz())
+    first, windows = prepare("folder", "own", "mine"), Path("data/mine/windows.npy")
+    made = windows.stat().st_mtime_ns
     prepare("folder", "own", "mine")
-    assert "already" in capsys.readouterr().out
-    assert os.stat("data/mine/windows.npy").st_mtime_ns == made
-    refuses("limit_users", prepare, "folder", "own", "mine", limit=2)
-    assert prepare("folder", "own", "mine", limit=2, force=True).meta["users"] == ["u0", "u1"]
-    assert len(first.windows) == 6                     # an open map outlives its replacement
-    write("own/u1.npz", npz(rate=60))
-    refuses("recordings", prepare, "folder", "own", "mine", limit=2)
-    Path("data/notes").mkdir()
+    assert "already" in capsys.readouterr().out and windows.stat().st_mtime_ns == made
+    refuses("limit_users", prepare, "folder", "own", "mine", limit=1)
+    assert prepare("folder", "own", "mine", limit=1, force=True).meta["users"] == ["ann"]
+    assert len(first.windows) == 4                     # an open map outlives its replacement
+    write("own/ann.npz", npz(rate=60))
+    refuses("recordings", prepare, "folder", "own", "mine", limit=1)
+    write("data/notes/todo.txt", "x")
     refuses("no data set", prepare, "folder", "own", "notes", force=True)
 
 def test_a_set_that_was_damaged_or_changed_is_noticed_and_an_older_one_is_read():
-    meta, path = prepare("simulated").meta, Path("data/simulated/meta.json")
+    meta, path = prepare("simulated").meta, "data/simulated/meta.json"
     older = {key: meta[key] for key in meta if key not in ("checksums", "mended", "remarks")}
-    path.write_text(json.dumps(older))
+    write(path, json.dumps(older))
     assert data.identities(data.load("simulated").meta, [1]) == [["simulated-0", "001", []]]
     assert "simulated" in data.describe("simulated")
     for harm in ("{", "[]", "null", '{"users": 3}', json.dumps(meta | {"fingerprint": 0})):
-        path.write_text(harm)
+        write(path, harm)
         for use in (data.load, data.plot, prepare, data.describe):
             refuses("damaged or was changed", use, "simulated")
-    assert prepare("simulated", force=True).meta["fingerprint"] == meta["fingerprint"]
+    prepare("simulated", force=True)
     os.truncate("data/simulated/windows.npy", 999)
     refuses("damaged or was changed", data.load, "simulated")
 
@@ -391,15 +381,13 @@ def test_the_simulated_population_is_labelled_and_seeded_and_its_spread_sets_peo
     assert labels.min() >= 0 and np.bincount(users).tolist() == [36] * 6
     gravity = np.linalg.norm(windows[:, :3].astype(float).mean(2), axis=1)
     assert abs(np.median(gravity) - 1) < 0.1
-    two, other, clones = (prepare("simulated", name=name, **flags).meta for name, flags in (
-        ("two", {}), ("other", {"seed": 1}), ("clones", {"spread": 0})))
-    assert two["fingerprint"] == one["fingerprint"] != other["fingerprint"]
-    assert two["sources"] == one["sources"] != other["sources"]
-    assert data.held_out_users(clones) == data.held_out_users(one)
+    two, other = prepare("simulated", name="two").meta, prepare("simulated", name="x", seed=1).meta
+    for key in ("fingerprint", "sources"):
+        assert two[key] == one[key] != other[key]
     crowd = {spread: [data.person(0, user, spread) for user in range(30)] for spread in (0, 0.5, 1)}
-    _, half, full = (np.std([who["strides"] for who in crowd[spread]]) for spread in crowd)
-    assert 0.05 < full < 0.13 and half == pytest.approx(full / 2)
     assert all(np.array_equal(crowd[0][0][trait], who[trait]) for who in crowd[0] for trait in who)
+    half, full = (np.std([who["strides"] for who in crowd[spread]]) for spread in (0.5, 1))
+    assert 0.05 < full < 0.13 and half == pytest.approx(full / 2)
 
 # ---------------------------------------------------------------- who is held out, pooling
 def test_held_out_users_never_change_and_training_users_are_nested_and_alternate():
@@ -455,7 +443,6 @@ def test_windows_are_scaled_without_an_offset_and_rotated_as_a_whole():
     assert np.allclose(turned[:, 3:], turned[:, :3]) and not np.allclose(turned, x)
     assert np.allclose(np.linalg.norm(turned[:, :3], axis=1), np.linalg.norm(x[:, :3], axis=1))
 
-# ---------------------------------------------------------------- as a user
 def test_the_command_line_lists_prepares_draws_and_refuses(run, refused):
     assert run("data.py simulated --users 2 --hours-per-user 0.02")[0] == 0
     for name in ("S01-1", "S01-2", "S02-1", "S02-2"):
@@ -484,6 +471,5 @@ def test_published_archives_give_the_recordings_that_were_prepared_elsewhere(sou
         write(f"pool/{user}.npz", (REAL / f"pool/{user}.npz").read_bytes())
     pool = prepare("folder", "pool")
     for i, user in enumerate(prepared.meta["users"]):
-        theirs = pool.windows[pool.users == i].astype(np.float32)
-        for window in prepared.windows[prepared.users == i].astype(np.float32):
-            assert np.abs(theirs - window).mean((1, 2)).min() < 0.003, user
+        ours, theirs = (each.windows[each.users == i].astype(float) for each in (prepared, pool))
+        assert all(np.abs(theirs - window).mean((1, 2)).min() < 0.003 for window in ours), user
