@@ -448,10 +448,9 @@ def test_the_command_line_lists_prepares_draws_and_refuses(run, refused):
     for name in ("S01-1", "S01-2", "S02-1", "S02-2"):
         write(f"own/{name}.npz", npz(label=["walk $$ fast"] * 1250))
     write("own/bob.txt", "t,ax")
-    status, said, _ = run("data.py folder --raw own --name mine --source lab")
-    assert status == 0 and data.load("mine").meta["sources"] == ["lab"] * 4
+    _, said, _ = run("data.py folder --raw own --name mine --source lab")
     assert all(words in said for words in ("bob.txt", "2 sources with 2 users each", "S01, S02"))
-    assert run("data.py plot mine")[0] == 0
+    assert data.load("mine").meta["sources"] == ["lab"] * 4 and run("data.py plot mine")[0] == 0
     assert Path("data/mine/plot.png").read_bytes()[:4] == b"\x89PNG"
     assert all(name in run("data.py")[1] for name in ("mine", *data.SOURCES))
     for flags, words in {
