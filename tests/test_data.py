@@ -210,6 +210,7 @@ MINUTES = {  # what happened to a minute at 50 Hz: (its csv, windows, what is sa
     "bursts": (csv(T60 // 0.5 * 0.5 + np.arange(3000) % 25 / 1e3), 6, "spread evenly"),
     "-999": (csv(x=changed(X60, LOST, -999)), 6, "over no reading"),
     "1e30, nan": (csv(x=changed(X60, [100, 900], [[1e30], [np.nan]])), 6, "over no reading"),
+    "a minus one": (csv(x=changed(X60, 500, -1)), 6, "over no reading"),
     "asleep": (csv(x=changed(X60, slice(1000, 2000), X60[1000])), 4, "no reading 19.98"),
     "semicolons": (csv().replace(",", ";").replace(".", ","), 6, ""),
     "tabs, an index, a heart rate": (csv(T60, np.c_[X60, X60[:, 0] + 70], head=COLUMNS + ",bpm")
