@@ -1,4 +1,4 @@
-"""What several test files use. Tests marked `slow` take minutes and run only by name: -m slow"""
+"""What several test files use."""
 import importlib, json, os, signal, sys
 os.environ["OMP_NUM_THREADS"] = "1"                    # before numpy: waiting threads cost time
 from pathlib import Path
@@ -12,12 +12,8 @@ import data
 signal.signal(signal.SIGINT, signal.default_int_handler)       # which nohup has set to: ignored
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes minutes; run by hand with -m slow")
-
-def pytest_collection_modifyitems(config, items):
-    for item in items:
-        if "slow" in item.keywords and "slow" not in config.getoption("-m"):
-            item.add_marker(pytest.mark.skip(reason="takes minutes: python -m pytest -m slow"))
+    config.addinivalue_line("markers", "slow: takes minutes; runs only by name, -m slow")
+    config.option.markexpr = config.option.markexpr or "not slow"
 
 def read(path):
     return json.loads(Path(path).read_text())

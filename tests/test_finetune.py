@@ -10,15 +10,13 @@ import data
 import finetune
 from conftest import prepare, read, write
 from finetune import Encoder, in_batches, load_run
-from model import MAE
 
 CLASSES = ["fast", "slow", "still"]
 TEN, RED, BLUE = ([f"{name}{u}" for u in range(10)] for name in ("p", "red_", "blue_"))
 
 def record(raw, users, labels=CLASSES):
     """The set RAW: each user does each activity for half a minute, in a style of their own."""
-    label = np.repeat(labels, 600)
-    hertz = np.select([label == "fast", label == "slow"], [3, 1])[:, None]
+    label, hertz = np.repeat(labels, 600), np.repeat([3, 1, 0], 600)[:, None]
     for user in users:
         rng = data.random_stream(user)                 # the same recordings in each set
         style = rng.uniform(0.2, 0.4, 6) * (hertz > 0)
@@ -27,18 +25,14 @@ def record(raw, users, labels=CLASSES):
         write(f"{raw}/{user}.npz", {"signal": x, "rate": 20.0, "label": label})
     prepare("folder", raw, raw)
 
-def make_run(name, trained_on=(("else", "where"),), seed=0, **shape):
-    """runs/NAME/ as pretrain.py leaves it, with random weights, no block the identity."""
+def make_run(name, trained_on=(("else", "where"),), **shape):
+    """runs/NAME/ as pretrain.py leaves it, with random weights."""
     shape = {"width": 16, "depth": 2, "heads": 2, "patch": 5, "sensors": 2, **shape}
-    torch.manual_seed(seed)
-    model = MAE(**shape)
-    for block in model.blocks:
-        block.attention.out.reset_parameters()
-        block.down.reset_parameters()
-    data.write_json(Path("runs") / name / "config.json", {
-        "flags": {"sensors": "both" if shape["sensors"] == 2 else "acc"}, "fingerprint": "-",
-        "model": shape, "trained_on": [*map(list, trained_on)]})
-    torch.save({"best": model.state_dict()}, Path("runs") / name / "checkpoint.pt")
+    config = {"flags": {"sensors": "both" if shape["sensors"] == 2 else "acc"}, "model": shape,
+              "trained_on": [*map(list, trained_on)]}
+    data.write_json(Path(f"runs/{name}/config.json"), config)
+    weights = finetune.random_model(config, "random").state_dict()
+    torch.save({"best": weights}, f"runs/{name}/checkpoint.pt")
 
 @pytest.fixture(scope="module", autouse=True)
 def world(tmp_path_factory):
@@ -48,49 +42,34 @@ def world(tmp_path_factory):
         patch.setattr(finetune, "PENALTIES", [3e-2, 3e-3])       # the smaller ones take long
         for raw, users in {"shakes": TEN, "red": RED, "blue": BLUE, "pool": RED + BLUE}.items():
             record(raw, users)
-        record("unlabelled", TEN[:2], labels=["", ""])
+        record("unlabelled", TEN[:2], labels=[""] * 3)
         prepare("folder", "shakes", "again")
-        shutil.copytree("data/shakes", "data/official")
-        meta = read("data/shakes/meta.json") | {"test_users": ["p2", "p5", "p7"]}
-        data.write_json(Path("data/official/meta.json"), meta)
+        official = shutil.copytree("data/shakes", Path("data/official")) / "meta.json"
+        data.write_json(official, read(official) | {"test_users": ["p2", "p5", "p7"]})
         make_run("a")
         yield
 
 def result(name, run="a"):
     return read(f"runs/{run}/finetune/{name}.json")
 
-@pytest.mark.parametrize("trained_by, tested_by", [
-    ("pool", ["pool", "red", "red+blue", "shakes"]), ("red", ["red", "pool", "blue"]),
-    ("red+blue", ["pool", "blue"]), ("shakes", ["again"])])
+@pytest.mark.parametrize("trained_by, tested_by", {
+    "pool": ["pool", "red", "red+blue", "shakes"], "red": ["red", "pool", "blue"],
+    "red+blue": ["pool", "blue"], "shakes": ["again"]}.items())
 def test_nobody_is_tested_who_was_trained_on(run, trained_by, tested_by):
     """Whatever a set is called: a pool and its parts, pooled sets, one set under two names."""
-    if trained_by == "pool":                           # as pretrain.py records it
-        run("pretrain.py --data pool --out runs/by-pool --users 4 --width 16 --depth 1 --heads 2 "
-            "--patch 20 --steps 2 --threads 1")
-    else:
-        meta = data.load(trained_by).meta
-        users = data.training_users(meta, 0)
-        make_run(f"by-{trained_by}", data.identities(meta, users))
-    trained_on = load_run(Path(f"runs/by-{trained_by}"))[1]["trained_on"]
+    assert run(f"pretrain.py --data {trained_by} --out runs/{trained_by} --users 8 --width 16 "
+               "--depth 1 --heads 2 --patch 20 --steps 2 --threads 1")[0] == 0
+    seen = {name for _, name, _ in read(f"runs/{trained_by}/config.json")["trained_on"]}
     for name in tested_by:
-        assert run(f"finetune.py runs/by-{trained_by} --data {name}")[0] == 0
-        folds, meta = result(f"{name}-probe", f"by-{trained_by}")["folds"], data.load(name).meta
+        assert run(f"finetune.py runs/{trained_by} --data {name}")[0] == 0
+        folds, meta = result(f"{name}-probe", trained_by)["folds"], data.load(name).meta
         assert not any(set(fold["train_users"]) & set(fold["test_users"]) for fold in folds)
-        tested = {user for fold in folds for user in fold["test_users"]}
-        seen = {meta["users"][user] for user in data.known(meta, trained_on)}
-        assert tested and not tested & seen
-        if seen:                                       # shared people: the held-out are tested
-            held_out = {meta["users"][user] for user in sum(data.held_out_users(meta), [])}
-            assert tested == (held_out - seen or set(meta["users"]) - seen)
+        tested, users = {user for fold in folds for user in fold["test_users"]}, set(meta["users"])
+        held_out = {meta["users"][user] for user in sum(data.held_out_users(meta), [])}
+        if users & seen:                               # shared people: the held-out are tested
+            assert tested == (held_out - seen or users - seen)
         else:                                          # strangers: everyone, in one of five folds
-            assert tested == set(meta["users"]) and len(folds) == 5
-    assert known_by_name_or_recording(trained_by)
-
-def known_by_name_or_recording(trained_by):
-    meta = data.load(trained_by).meta
-    pairs = [list(person) for person in data.people(meta)]       # as older runs name them
-    return data.known(meta, pairs) == data.known(meta, data.identities(meta)) == [
-        *range(len(meta["users"]))]
+            assert tested == users and len(folds) == 5
 
 def test_official_test_users_are_tested_unless_one_was_trained_on(run, refused):
     make_run("saw-two", [("shakes", "p0"), ("shakes", "p1")])
@@ -99,15 +78,19 @@ def test_official_test_users_are_tested_unless_one_was_trained_on(run, refused):
     assert result("official-probe", "saw-two")["test_users"] == ["p2", "p5", "p7"]
     refused("finetune.py runs/saw-one-of-them --data official", "too few users to test")
 
-def test_few_labelled_users_are_among_more_of_them(run):
+def test_few_labelled_users_are_among_more_of_them_and_scores_are_means_over_five_draws(run):
     for count in (1, 4):
         assert run(f"finetune.py runs/a --data official --label-users {count}")[0] == 0
-    draws = [result(f"official-probe-u{count}")["folds"] for count in (1, 4)]
-    assert [len(folds) for folds in draws] == [5, 5]                           # drawn five times
-    for folds in zip(*draws):
+    one, four = (result(f"official-probe-u{count}") for count in (1, 4))
+    for folds in zip(one["folds"], four["folds"], strict=True):
         few, more = (set(fold["train_users"]) for fold in folds)
-        assert (len(few), len(more)) == (1, 4) and few < more
-        assert not more & {"p2", "p5", "p7"}
+        assert (len(few), len(more)) == (1, 4) and few < more and not more & {"p2", "p5", "p7"}
+    assert four["classes"] == CLASSES and len(four["per_class_f1"]) == 3
+    assert four["n_test"] == np.sum(four["confusion"]) == 5 * 3 * 9 and four["n_train"] == 4 * 9
+    for key in ("accuracy", "macro_f1"):
+        each = [fold[key] for fold in four["folds"]]
+        assert four[key] == pytest.approx(np.mean(each))
+        assert four[f"{key}_sd"] == pytest.approx(np.std(each, ddof=1)) and len(each) == 5
 
 def test_a_split_by_window_shows_the_leak_that_a_split_by_user_hides(run):
     """Users do one activity each, and are told by how a sensor is worn: new ones can't be told."""
@@ -120,17 +103,13 @@ def test_a_split_by_window_shows_the_leak_that_a_split_by_user_hides(run):
         assert run(f"finetune.py runs/a --data habits --split {split}")[0] == 0
     honest, leak = result("habits-probe"), result("habits-probe-window")
     assert honest["macro_f1"] < 0.6 and leak["macro_f1"] > 0.95
-    assert set(leak["folds"][0]["train_users"]) & set(leak["folds"][0]["test_users"])
+    assert leak["n_test"] == 15 * 10, "each window is tested once"
 
 def test_features_are_mean_and_deviation_over_all_patches():
-    model, _ = load_run(Path("runs/a"))
-    x = torch.randn(3, 6, 200)
+    model, x = load_run(Path("runs/a"))[0], torch.randn(3, 6, 200)
     patches, pooled = model.features(x).detach(), in_batches(Encoder(model), x)
     by_hand = torch.cat([patches.mean(2), patches.std(2, correction=0)], 1).flatten(1)
     torch.testing.assert_close(pooled, by_hand, atol=1e-3, rtol=1e-3)
-    for at in (2, 90, 198):                            # every sample matters: no patch is hidden
-        x[:, :, at] += 1
-        assert not torch.allclose(in_batches(Encoder(model), x), pooled)
 
 def problem():
     rng = np.random.default_rng(0)
@@ -157,39 +136,28 @@ def test_the_penalty_is_chosen_on_validation_rows():
 
 def test_scores_by_hand():
     truth, predicted = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([0, 0, 1, 1, 0, 0])
-    counts = finetune.confusion(truth, predicted, 4)
-    assert counts.tolist() == [[2, 1, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
-    scores = finetune.scores(counts)
-    assert scores["accuracy"] == pytest.approx(3 / 6)
+    scores = finetune.scores(finetune.confusion(truth, predicted, 4))          # nobody has class 3
+    assert scores["confusion"] == [[2, 1, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
     assert scores["per_class_f1"] == [pytest.approx(4 / 7), pytest.approx(2 / 4), 0, None]
-    assert scores["macro_f1"] == pytest.approx((4 / 7 + 1 / 2 + 0) / 3)        # nobody has class 3
-
-def test_a_result_has_its_files_and_keys(run):
-    line = "finetune.py runs/a --data shakes --sensors acc --label-users 4"
-    assert run(line)[0] == 0
-    probe = result("shakes-probe-acc-u4")
-    assert Path("runs/a/finetune/shakes-probe-acc-u4.png").exists()
-    assert probe["classes"] == CLASSES and len(probe["per_class_f1"]) == 3
-    assert probe["n_test"] == np.sum(probe["confusion"]) == 90 and probe["n_train"] == 4 * 9
-    for key in ("accuracy", "macro_f1"):
-        f1 = np.array([fold[key] for fold in probe["folds"]])
-        assert probe[key] == pytest.approx(f1.mean())
-        assert probe[f"{key}_sd"] == pytest.approx(f1.std(ddof=1))
+    assert scores["macro_f1"] == pytest.approx((4 / 7 + 1 / 2 + 0) / 3)
+    assert scores["accuracy"] == pytest.approx(3 / 6)
 
 def test_the_sensors_of_a_run_reach_its_probes(run, refused):
     make_run("acc", sensors=1)
-    assert run("finetune.py runs/acc --data shakes")[0] == 0
+    for flags in ("", " --sensors acc"):
+        assert run(f"finetune.py runs/acc --data shakes{flags}")[0] == 0
     plain = result("shakes-probe", "acc")              # this name enters the table of a grid
     assert plain["sensors"] == "acc"
-    assert run("finetune.py runs/acc --data shakes --sensors acc")[0] == 0
     assert result("shakes-probe-acc", "acc")["macro_f1"] == plain["macro_f1"]
-    refused("finetune.py runs/acc --data shakes --sensors gyro", "--sensors acc")
-    refused("finetune.py runs/acc --data shakes --sensors both", "--sensors acc")
+    for sensors in ("gyro", "both"):
+        refused(f"finetune.py runs/acc --data shakes --sensors {sensors}", "--sensors acc")
+    assert run("finetune.py runs/a --data shakes --sensors gyro")[0] == 0      # of two sensors
+    assert result("shakes-probe-gyro")["sensors"] == "gyro"
     assert finetune.sensor_numbers("a run", "both", "gyro") == [1]
 
 def test_many_runs_are_probed_in_one_process_until_one_is_not_finished(run):
     for name in ("one", "two", "cut-off"):
-        make_run(name, seed=1)
+        make_run(name)
     torch.save({"step": 5, "best": {}}, "runs/cut-off/checkpoint.pt")
     status, printed, error = run("finetune.py runs/one runs/two runs/cut-off --data red")
     assert status == 2 and printed.count("macro-F1") == 2
@@ -207,38 +175,28 @@ def test_a_network_keeps_the_epoch_that_is_best_for_validation_users(run, mode):
     assert network["macro_f1"] > 0.5                   # by chance: 0.33
     assert Path("runs/a/checkpoint.pt").read_bytes() == before
 
-def test_a_result_is_left_alone_until_the_weights_change_and_two_at_once_do_no_harm(run):
+def test_a_result_is_left_alone_until_the_weights_change_and_two_at_once_do_no_harm(
+        run, refused):
     make_run("b")
-    words = [sys.executable, finetune.__file__, "runs/b", "--data", "red"]
-    two = [subprocess.Popen(words) for _ in range(2)]
+    words, folder = "runs/b --data red", Path("runs/b/finetune")
+    two = [subprocess.Popen([sys.executable, finetune.__file__, *words.split()]) for _ in range(2)]
     assert [process.wait() for process in two] == [0, 0]
-    folder = Path("runs/b/finetune")
-    assert sorted(p.name for p in folder.iterdir()) == ["red-probe.json", "red-probe.png"]
+    assert sorted(path.name for path in folder.iterdir()) == ["red-probe.json", "red-probe.png"]
     first, made = result("red-probe", "b"), (folder / "red-probe.json").stat().st_mtime_ns
-    assert run("finetune.py runs/b --data red")[0] == 0
+    assert run(f"finetune.py {words}")[0] == 0
     assert (folder / "red-probe.json").stat().st_mtime_ns == made
-    make_run("b", seed=1)
-    assert run("finetune.py runs/b --data red")[0] == 0
-    assert result("red-probe", "b") != first
+    make_run("b", width=32)
+    assert run(f"finetune.py {words}")[0] == 0 and result("red-probe", "b") != first
+    write(folder / "red-probe.json", "{")
+    refused(f"finetune.py {words}", "red-probe.json can't be read")
 
-def test_weights_without_a_decoder_are_a_run_that_knows_whom_it_saw(run, refused):
-    """As results/encoder."""
-    make_run("large", data.people(data.load("red").meta), width=64, depth=3, heads=4)
-    model, config = load_run(Path("runs/large"))
-    weights = {name: w for name, w in model.state_dict().items() if not name.startswith("decoder.")}
-    alone = Path("runs/alone")
-    data.write_json(alone / "config.json", config | {"model": config["model"] | {"decoder_depth": 0}})
-    torch.save({"best": weights}, alone / "checkpoint.pt")
-    x = np.float32(np.random.default_rng(0).standard_normal((5, 6, 200))) / data.SCALE
-    features, original = (in_batches(Encoder(each), x) for each in (load_run(alone)[0], model))
-    assert features.shape == (5, 512) and torch.equal(features, original)
+def test_an_encoder_without_a_decoder_is_a_run_that_knows_whom_it_saw(run, refused):
+    make_run("alone", data.people(data.load("red").meta), decoder_depth=0)
     refused("finetune.py runs/alone --data red", "too few users to test")
     assert run("finetune.py runs/alone --data pool")[0] == 0
     assert {user[:4] for user in result("pool-probe", "alone")["test_users"]} == {"blue"}
-    (alone / "finetune/pool-probe.json").write_text("{")
-    refused("finetune.py runs/alone --data pool", "pool-probe.json can't be read")
 
-def test_what_cannot_be_used_is_refused_in_a_sentence(run, refused):
-    refused("finetune.py runs/a --data unlabelled", "no labels")
-    refused("finetune.py runs/a --data shakes --label-users 20", "20 is more")
-    refused("finetune.py runs/a --data nowhere", "not prepared")
+@pytest.mark.parametrize("flags, words", {"unlabelled": "no labels", "nowhere": "not prepared",
+                                          "shakes --label-users 20": "20 is more"}.items())
+def test_what_cannot_be_used_is_refused_in_a_sentence(refused, flags, words):
+    refused(f"finetune.py runs/a --data {flags}", words)

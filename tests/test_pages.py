@@ -4,43 +4,30 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.stats import t as student
 
 import advice
+from fit_laws import interval, without_each
 
 ROOT = Path(__file__).parent.parent
-PAGES = [path.relative_to(ROOT).as_posix() for path in (ROOT / "results").rglob("*.md")]
+PAGES = ["README.md", *(str(page.relative_to(ROOT)) for page in ROOT.glob("results/**/*.md"))]
+TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
 
-def numbers_of(value):
-    """All numbers in what a JSON file holds."""
-    if isinstance(value, (dict, list)):
-        parts = value.values() if isinstance(value, dict) else value
-        return [number for part in parts for number in numbers_of(part)]
-    return [value] if isinstance(value, float) else []
+def table(path):
+    return list(csv.DictReader(open(ROOT / "results" / path)))
 
-def pairs_of(content, found):
-    """All pairs of numbers [low, high] in what a JSON file holds, added to `found`."""
-    if isinstance(content, list) and len(content) == 2 and len(numbers_of(content)) == 2:
-        found.append(content)
-    parts = content.values() if isinstance(content, dict) else content
-    for part in parts if isinstance(parts, (list, type({}.values()))) else []:
-        pairs_of(part, found)
-    return found
+def pairs_of(text):
+    """All pairs of numbers [low, high] in the text of a JSON file."""
+    pairs = re.findall(r"\[\s*(-?\d[\d.e+-]*),\s*(-?\d[\d.e+-]*)\s*\]", text)
+    return [[float(low), float(high)] for low, high in pairs]
 
 def rounded(number, text):
     """Whether a text, such as .225 or 0.23, is this number."""
     return f"{number:.{len(text.partition('.')[2])}f}".lstrip("0") == text.lstrip("0")
 
-def interval(values):
-    """95 % of a mean over seeds, by Student's t."""
-    half = student.ppf(.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** .5
-    return [np.mean(values) - half, np.mean(values) + half]
-
 def sensors():
     """The slopes of results/sensors.md from its table: {name: one a seed}."""
-    rows = list(csv.DictReader(open(ROOT / "results/sensors.csv")))
     logs = {(row["sensors"], row["model"], row["users"], row["windows"], row["seed"]):
-            np.log(float(row["loss"])) for row in rows}
+            np.log(float(row["loss"])) for row in table("sensors.csv")}
     users, slopes = ("6", "12", "24"), {}
     for sensor in ("both", "acc", "gyro"):
         y = [[logs[sensor, "64x3x4", u, "40", str(s)] for s in range(5)] for u in users]
@@ -52,24 +39,23 @@ def sensors():
                                  - logs["both", wide, "24", "20", str(s)] for s in range(3)])
     return slopes
 
-@pytest.mark.parametrize("page", ["README.md", *PAGES])
+@pytest.mark.parametrize("page", PAGES)
 def test_every_interval_in_a_page_is_in_a_committed_table_or_follows_from_sensors_csv(page):
-    known = [interval(values) for values in sensors().values()]
+    known = [interval(slopes.mean(), without_each(slopes)) for slopes in sensors().values()]
     for path in [*ROOT.glob("results/**/laws.json"), *ROOT.glob("results/*/*prediction.json"),
                  *ROOT.glob("results/*.json")]:
-        pairs_of(json.loads(path.read_text()), known)
+        known += pairs_of(path.read_text())
     for path in (ROOT / "results").glob("*.csv"):                          # name_low, name_high
-        for row in csv.DictReader(open(path)):
+        for row in table(path):
             known += [[float(row[name]), float(row[name.replace("low", "high")])]
                       for name in row if name.split("_")[-1] == "low"]
     known += [[unit * low, unit * high]                                    # %, seconds
               for low, high in known for unit in (100, 3600)]
-    for low, high in re.findall(r"\[(-?[\d.]+), (-?[\d.]+)\]", (ROOT / page).read_text()):
+    for low, high in re.findall(r"\[(-?[\d.]+), (-?[\d.]+)\]", TEXTS[page]):
         assert any(rounded(ends[0], low) and rounded(ends[1], high) for ends in known), (low, high)
 
 def test_the_first_screen_of_the_readme_has_the_losses_of_the_experiment():
-    screen = (ROOT / "README.md").read_text().partition("## Run it")[0]
-    rows = list(csv.DictReader(open(ROOT / "results/experiment/results.csv")))
+    screen, rows = TEXTS["README.md"].partition("## Run it")[0], table("experiment/results.csv")
     quoted = re.findall(r"\| \**(\d+)\** \| (\d+) seconds \| \**(\.\d+)\** \|", screen)
     assert len(quoted) == 3
     for users, seconds, loss in quoted:
@@ -77,8 +63,8 @@ def test_the_first_screen_of_the_readme_has_the_losses_of_the_experiment():
                   if (row["users"], row["width"]) == (users, "64")
                   and round(float(row["hours_cap"]) * 360) * 10 == int(seconds)]
         assert rounded(np.mean(losses), loss), (users, seconds, losses)
-    verdict = json.loads((ROOT / "results/experiment/laws.json").read_text()
-                         )["verdicts"]["users_minus_hours_exponent"]
+    laws = json.loads((ROOT / "results/experiment/laws.json").read_text())
+    verdict = laws["verdicts"]["users_minus_hours_exponent"]
     pairs, people = verdict["pairs"], verdict["people"]
     assert f"{pairs['won']} of {pairs['of']}" in screen
     assert f"{people['positive']} of {people['of']} people" in screen
@@ -86,26 +72,22 @@ def test_the_first_screen_of_the_readme_has_the_losses_of_the_experiment():
     assert f"({baseline}: " in screen
 
 def test_the_quarter_of_an_hour_on_real_people_has_the_losses_of_its_table():
-    rows = list(csv.DictReader(open(ROOT / "results/real/results.csv")))
-    quoted = re.findall(r"(\d+)\s+people x \d+ (?:s|min) (\.\d+)", (ROOT / "README.md").read_text())
+    quoted = re.findall(r"(\d+)\s+people x \d+ (?:s|min) (\.\d+)", TEXTS["README.md"])
     assert len(quoted) == 4
     for users, loss in quoted:
-        losses = [float(row["loss"]) for row in rows if row["users"] == users]
+        losses = [float(row["loss"]) for row in table("real/results.csv") if row["users"] == users]
         assert len(losses) == 5 and rounded(np.mean(losses), loss), (users, losses)
 
 def test_the_advice_page_has_the_rows_that_its_command_prints():
-    page = (ROOT / "results/advice.md").read_text()
-    printed = [row for grid in ("experiment",) for row in advice.rows(grid)]
-    assert printed == [line for line in page.splitlines() if line.startswith("| experiment")]
+    lines = TEXTS["results/advice.md"].splitlines()
+    assert [*advice.rows("experiment")] == [row for row in lines if row.startswith("| experiment")]
 
 def test_pages_are_short_and_what_they_name_exists():
-    for page in ["README.md", *PAGES]:
-        text, folder = (ROOT / page).read_text(), (ROOT / page).parent
+    tests = "".join(path.read_text() for path in ROOT.glob("tests/test_*.py"))
+    for page, text in TEXTS.items():
         assert len(text.splitlines()) <= (100 if page != "README.md" else 250), page
         assert "```python\nimport" not in text, f"{page} has a program in it"
         for link in re.findall(r"\]\(([^)#:]+)\)", text):
-            assert (folder / link).exists(), f"{page} links to {link}"
-    tests = "".join(path.read_text() for path in ROOT.glob("tests/test_*.py"))
-    for page in ["README.md", *PAGES]:
-        for name in re.findall(r"`(test_\w+?)(?:\.\.\.)?`", (ROOT / page).read_text()):
+            assert ((ROOT / page).parent / link).exists(), f"{page} links to {link}"
+        for name in re.findall(r"`(test_\w+?)(?:\.\.\.)?`", text):
             assert f"def {name}" in tests, f"{page} names {name}"
