@@ -178,12 +178,10 @@ def last_ratio(rest, row, y, settings, x):
 
 # ---- from here on: files, flags, figures
 # ---------------------------------------------------------------- tables
-def as_number(text, mark):
-    """nan for an empty text, None for any other that is no number. Where the separator isn't a
-    comma, a comma may be a decimal one."""
-    text = text if mark == "," else text.replace(",", ".")
+def as_number(text, decimal="."):
+    """nan for an empty text, None for any other that is no number."""
     try:
-        return float(text.strip() or "nan")
+        return float(text.strip().replace(decimal, ".") or "nan")
     except ValueError:
         return None
 
@@ -196,7 +194,7 @@ def read_csv(path, needed, from_0=()):
         reader = csv.reader(text.splitlines(), delimiter=mark, skipinitialspace=True)
         rows = {reader.line_num: row for row in reader if "".join(row).strip()}
     except (OSError, ValueError, csv.Error):
-        raise UserError(f"{path} is no CSV table or folder of runs: name one") from None
+        raise UserError(f"{path} is no CSV table in UTF-8, no folder of runs: name one") from None
     require(len(rows) > 1, f"{path} has no rows: give a header and a line per row")
     names = [name.strip() for name in rows.pop(min(rows))]
     require(len({*names}) == len(names), f"{path} has a column twice in {names}: rename one")
@@ -206,9 +204,11 @@ def read_csv(path, needed, from_0=()):
     for line, row in rows.items():
         require(len(row) == len(names), f"{path}, line {line}: {len(row)} fields, but the header "
                 f"has {len(names)}")
+    points = [text for row in rows.values() for text in row if "." in text and as_number(text)]
+    decimal = "." if points or mark == "," else ","    # else 1,000 may be a thousand
     table = {}
     for name, texts in zip(names, zip(*rows.values())):
-        values = [as_number(text, mark) for text in texts]
+        values = [as_number(text, decimal) for text in texts]
         for line, text, value in zip(rows, texts, values):
             fine = value is not None and (0 < value < math.inf or name in from_0 and value >= 0)
             require(fine or name not in needed, f"{path}, line {line}: '{name}' is '{text}', but "
@@ -555,18 +555,20 @@ def users_or_hours(table):
         people={"positive": positive, "of": len(each)}, pairs={"won": sum(won), "of": len(won)})
 
 def power_law(held):
-    """Is the law better than both straight lines where users are held out? In errors."""
-    margin, said = [0, 0], ""
+    """Is the law better than both straight lines where users are held out, or worse than both? By
+    a quarter of the error (rms): noise alone makes smaller differences."""
+    margin, said, needs = [0, 0], "", "four numbers of users"
     if held and held["n"] > 5:                         # fewer decide nothing
         law = held["rms_relative_error"]
         lines = sorted(error["rms_relative_error"] for who, error in held["forecasters"].items()
                        if who.startswith("line"))
-        margin = [line - law for line in lines]
-        said = "it errs by {:.1%}, they by {:.1%} and {:.1%}.".format(law, *lines)
+        margin = [lines[0] - 1.25 * law, 1.25 * lines[1] - law]
+        said = "it errs by {:.1%}, they by {:.1%} and {:.1%}".format(law, *lines)
+        needs = f"errors that differ by a quarter; {said}"
     return verdict("Does the law predict the loss at the most people?",
-                   f"Yes, better than straight lines: {said}",
-                   f"No, worse than straight lines: {said}",
-                   margin[0] or None, None, margin, "four numbers of users, and to beat both lines")
+                   f"Yes, better than straight lines: {said}.",
+                   f"No, worse than straight lines: {said}.",
+                   margin[0] or None, None, margin, needs)
 
 def verdicts_of(table, first):
     """{claim: its verdict}, the central ones first."""
@@ -612,6 +614,9 @@ def show(first):
         values = [each[name] for each in (numbers, ends) if name in each]
         if values:
             print(f"  {name:6}", *(np.array2string(np.array(each), precision=4) for each in values))
+    if first.get("holdout"):
+        print("held out: {column}, median error {median_relative_error:.1%}".format(
+            **first["holdout"]))
 
 def screen(table, first, verdicts, drawn, out):
     """What a sweep ends with."""
