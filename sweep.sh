@@ -2,12 +2,11 @@
 # Every cell of a grid is pre-trained, several at once, then probed; then the law is fitted.
 #   bash sweep.sh                # the whole study, small, on simulated people: about 5 minutes
 #   SPREAD=0 bash sweep.sh       # the same with clones; SEED=1: with other people
-#   DATA=motionsense PROBES=ucihar USERS="4 8" HOURS="0.05 0.1" MODELS="16x2x2 64x3x4" bash sweep.sh
 #   DATA=motionsense+uschad PROBES= USERS="4 8 16 32" TOTAL="0.89" STEPS=1500 bash sweep.sh
 #   bash sweep.sh --list         # a line a cell: done, failed or to do, its command; then the cost
 #   sbatch --array=1-N sweep.sh  # one Slurm task for each of N cells; then: bash sweep.sh
-# Stop it, kill it: the same command goes on. A cell is done when the command that would run now has
-# left its result.json. Exit status: 0 all is done, 1 it isn't, 2 a senseless grid, or no data.
+# Stop it, kill it: the same command goes on. Exit status: 0 all is done, 1 it isn't, 2 a senseless
+# grid, or no data.
 #SBATCH --requeue --open-mode=append
 set -f -a                # no file patterns; variables and functions reach the shells of xargs
 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2000000000   # glibc keeps freed memory: faster steps
@@ -65,20 +64,17 @@ work() {         # on a cell, in a shell of its own; say a line
     local log=$OUT/$1/log.txt how=done line
     mkdir -p "$OUT/$1" && eval "$(command_of "$1") --threads $threads" >> "$log" 2>&1 || how=failed
     line=$(tail -n 1 "$log"); echo "$how: $(command_of "$1")" >> "$log"
-    [ $how = done ] || { echo "$1 FAILED, see $log: $line"; return; }
-    awk -F '[a-z-]+' -v loss="${line%%,*}" '{
-        printf "%s, %d users x %.0f s, seed %d\n", loss, $2, $3 * 3600, $7 }' <<< "$1"
+    [ $how = done ] && echo "$1 ${line%%,*}" || echo "$1 FAILED, see $log: $line"
 }
-cost() {         # of all cells, from 15 steps of each model
+cost() {         # of all cells, from 15 steps of each model; a start takes 3 s
     local try m cell; try=$(mktemp -d)
     for m in "${models[@]}"; do
         cell=${cells[0]%-*-*}-$m-s${seeds[0]}    # the first one's users and hours
         eval "$(command_of $cell) --threads $threads --steps 15 --out '$try/$m'" > /dev/null
     done
-    grep -rhE '^ "(flops|seconds)"' "$try" | awk -F '[:,]' -v n=${#cells[@]} -v steps="$STEPS" '
-        { mean[$1] += $2 * steps / 15 / '${#models[@]}' }
-        END { printf "%d cells, %.1g FLOPs, about %.0f minutes here\n", n, n * mean[" \"flops\""],
-            n * (mean[" \"seconds\""] + 3) / '"$JOBS"' / 60 + 0.5 }'             # 3 s: a start
+    grep -rh '^ "seconds"' "$try" | tr -dc '0-9.\n' | awk -v n=${#cells[@]} -v jobs="$JOBS" '
+        { cell += ($1 * '"$STEPS"' / 15 + 3) / '${#models[@]}' }
+        END { printf "%d cells, about %.0f minutes here\n", n, n * cell / jobs / 60 + 0.5 }'
     rm -r "$try"
 }
 
@@ -91,9 +87,9 @@ for set in ${DATA//+/ } ${PROBES//+/ }; do
     [ -f "data/$set/meta.json" ] || "$PYTHON" "$code/data.py" $words || exit 2
 done
 cells=$(plan) || exit 2; cells=($cells)
-if [ -n "${SLURM_ARRAY_TASK_ID-}" ]; then
-    task=$SLURM_ARRAY_TASK_ID all=${#cells[@]}
-    [ "$task" -gt 0 ] && [ "$task" -le "$all" ] || refuse "no cell $task of $all"
+task=${SLURM_ARRAY_TASK_ID-} all=${#cells[@]}
+if [ -n "$task" ]; then
+    [ "$task" -gt 0 ] && [ "$task" -le $all ] || refuse "no cell $task of $all"
     cells=(${cells[task - 1]})
 fi
 if [ $# = 1 ]; then
@@ -110,7 +106,7 @@ xargs -r -n 1 -P "$JOBS" bash -c 'work "$0"' <<< "$todo" | while read -r line; d
     echo "$((all - left + n)) of $all, $minutes min left: $line"
 done
 [ -z "$(undone)" ] || { echo "sweep.sh: not done:" $(undone) >&2; exit 1; }
-[ -z "${SLURM_ARRAY_TASK_ID-}" ] || exit 0
+[ -z "$task" ] || exit 0
 for set in $PROBES; do                           # as many processes as cells at once
     printf '%s\0' "${cells[@]/#/$OUT/}" | xargs -0 -n $(((all + JOBS - 1) / JOBS)) -P "$JOBS" \
         bash -c '"$PYTHON" "$code/finetune.py" "$@" --data "$0"' "$set" || exit 1
