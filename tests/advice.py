@@ -31,7 +31,7 @@ def rows(grid):
     for setup in (60, 120, 300):
         groups = [rivals(losses, setup, u * (s + setup)) for u, s in losses]
         unique = {tuple((each, users) for each, (users, _) in group.items()): group
-                  for group in groups if len(group) > 2}
+                  for group in groups if len({u for u, _ in group.values()}) > 1}
         for group in sorted(unique.values(), key=lambda group: -max(u for u, _ in group.values())):
             best, advised = min(group, key=lambda each: group[each][1]), np.sqrt(h * setup)
             nearest = min(group, key=lambda each: abs(np.log(each / advised)))
