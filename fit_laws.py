@@ -180,7 +180,7 @@ def last_ratio(rest, row, y, settings, x):
 def as_number(text, decimal="."):
     """nan for an empty text, None for any other that is no number."""
     try:
-        return float(text.strip().replace(decimal, ".") or "nan")
+        return float(text.replace(decimal, ".") or "nan")
     except ValueError:
         return None
 
@@ -191,7 +191,7 @@ def read_csv(path, needed):
         text = path.read_text(encoding="utf-8-sig")
         mark = max(",;\t", key=text.partition("\n")[0].count)
         reader = csv.reader(text.splitlines(), delimiter=mark, skipinitialspace=True)
-        rows = {reader.line_num: row for row in reader if "".join(row).strip()}
+        rows = {reader.line_num: row for row in reader if any(row)}
     except (OSError, ValueError, csv.Error):
         raise UserError(f"{path} is no CSV table in UTF-8, no folder of runs: name one") from None
     require(len(rows) > 1, f"{path} has no rows: give a header and a line per row")
@@ -680,7 +680,7 @@ def curves(title, xlabel, x, table, labels, fits):
 
 def errors_figure(held_out, noise):
     """Errors of the law and of the forecasters, a colour for each setting that was held out."""
-    ax = new_axes("The runs with the largest, from all others", "error of the loss (rms, %)", "")
+    ax = new_axes("The largest, predicted from all other runs", "error of the loss (rms, %)", "")
     for x, errors in held_out.items():
         error = {who: 100 * one["rms_relative_error"] for who, one in each_of(errors).items()}
         ax.plot([*error.values()], [*error], "o", label=x)
