@@ -301,8 +301,7 @@ def grid_study(table):
     law = Law(grid_law, grid_ranges(table), 1e9)
     first = {"name": "grid", "parameters": None, "ci95": None, "noise": noise(table), "fits": [],
              "form": "E + 1 / (1/s + 1/R), s = A N^-a + B P^-c, N = U h H / (H + h)",
-             "models": models(table), "held_out": {},
-             "y": "loss", "n": len(table["loss"])}
+             "models": models(table), "held_out": {}, "y": "loss", "n": len(table["loss"])}
     if not law.ranges:
         print("note: no law, which takes three numbers of users and six settings of users and time")
         return first
@@ -465,10 +464,10 @@ def predict(path, cells, out):
     losses, band = expected(first, table)
     beyond = [x for x in settings if max(table[x]) > 1.01 * max(rows[x])] or settings
     others = forecasts(rows, table, y, settings, beyond[0])
-    finite = {who: np.where(np.isfinite(each), each, None) for who, each in others.items()}
     prediction = [{"name": str(name), "loss": losses[i],
                    "single_run": None if band is None else band[:, i],
-                   "forecasters": {who: each[i] for who, each in finite.items()}}
+                   "forecasters": {who: each[i] if np.isfinite(each[i]) else None
+                                   for who, each in others.items()}}
                   for i, name in enumerate(table.get("name", losses))]
     result = {"law": path.name, "provenance": provenance(), "cells": prediction}
     if y not in table:
@@ -496,7 +495,7 @@ def recommend(path, a):
         each = math.sqrt(first["parameters"]["h"] * a.setup)                   # largest N
         users = max(1, math.floor(a.hours / (each + a.setup)))
         each = a.hours / users - a.setup
-        print(f"{users} people, {duration(each)} of each.")
+        print(f"{users} people, {duration(each)} of each, if one's hours run out as in this law.")
     names, sizes = zip(*sorted(first["models"].items(), key=lambda model: model[1]))
     plan = {"users": users, "hours_per_user": each, "params_encoder": np.array(sizes)}
     losses, band = expected(first, plan)
