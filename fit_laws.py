@@ -11,11 +11,12 @@ From finished runs to a scaling law: its fit, what it predicts, and which claims
 A table is {column: array (n,)}, a row a run. To change a law, change its function and its ranges.
 """
 import csv, functools, math
-from collections import Counter, namedtuple
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
 from scipy.optimize import least_squares
+from scipy.special import huber
 from scipy.stats import t as student
 
 from data import (UserError, build_parser, command, number, provenance, read_json, replacing,
@@ -53,11 +54,11 @@ def table_law(table, units, E=0., **numbers):
     numbers: {"A users*hours": A of a term, ..., "alpha users": alpha of a factor, ...}; units:
     {factor: its divisor}, so that an A is its term amid the data."""
     loss = E
-    for name in numbers:
+    for name, A in numbers.items():
         if name.startswith("A "):
             factors = name[2:].split("*")
             powers = [(table[x] / units[x]) ** -numbers[f"alpha {x}"] for x in factors]
-            loss = loss + numbers[name] * math.prod(powers)
+            loss = loss + A * math.prod(powers)
     return loss
 
 def table_ranges(table, y, terms, floor):
@@ -102,9 +103,6 @@ def fit(law, table, y, near=None):
 # ---------------------------------------------------------------- intervals
 def take(table, rows):
     return {name: values[rows] for name, values in table.items()}
-
-def without_each_seed(table):                          # its runs share people, vary together
-    return [take(table, table["seed"] != seed) for seed in np.unique(table["seed"])]
 
 def without_each(values):
     """The mean of values (n, ...) without each of them in turn, (n, ...)."""
@@ -169,10 +167,11 @@ def last_ratio(rest, row, y, settings, x):
     """The ratio of y between the last two smaller x, all else equal, goes on."""
     alike = [np.isclose(rest[other], row[other], .03, 0) for other in settings if other != x]
     before = take(rest, np.all([rest[x] < row[x], *alike], axis=0))
-    last = np.unique(before[x])[-2:]
+    values = merged(before[x])
+    last = np.unique(values)[-2:]
     if len(last) < 2:
         return math.nan
-    means = [before[y][before[x] == value].mean() for value in last]
+    means = [before[y][values == value].mean() for value in last]
     steps = np.log(row[x] / last[1]) / np.log(last[1] / last[0])       # such as the last one
     return means[1] * (means[1] / means[0]) ** steps
 
@@ -181,18 +180,18 @@ def last_ratio(rest, row, y, settings, x):
 def as_number(text, decimal="."):
     """nan for an empty text, None for any other that is no number."""
     try:
-        return float(text.strip().replace(decimal, ".") or "nan")
+        return float(text.replace(decimal, ".") or "nan")
     except ValueError:
         return None
 
-def read_csv(path, needed, from_0=()):
+def read_csv(path, needed):
     """{column: (n,)} of a CSV file, a spreadsheet's, too: numbers, or else texts. Columns that are
-    needed have numbers above 0, or from 0 on."""
+    needed have numbers above 0."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         mark = max(",;\t", key=text.partition("\n")[0].count)
         reader = csv.reader(text.splitlines(), delimiter=mark, skipinitialspace=True)
-        rows = {reader.line_num: row for row in reader if "".join(row).strip()}
+        rows = {reader.line_num: row for row in reader if any(row)}
     except (OSError, ValueError, csv.Error):
         raise UserError(f"{path} is no CSV table in UTF-8, no folder of runs: name one") from None
     require(len(rows) > 1, f"{path} has no rows: give a header and a line per row")
@@ -209,36 +208,32 @@ def read_csv(path, needed, from_0=()):
     table = {}
     for name, texts in zip(names, zip(*rows.values())):
         values = [as_number(text, decimal) for text in texts]
+        table[name] = np.array(texts if None in values else values)
+        above = -1 if name == "seed" else 0            # seeds start at 0
         for line, text, value in zip(rows, texts, values):
-            fine = value is not None and (0 < value < math.inf or name in from_0 and value >= 0)
+            fine = value is not None and above < value < math.inf
             require(fine or name not in needed, f"{path}, line {line}: '{name}' is '{text}', but "
                     "must be a number above 0")
-        table[name] = np.array(texts if None in values else values)
     return table
 
 # ---------------------------------------------------------------- a grid of runs
 SETTINGS = "users", "hours_per_user", "params_encoder"
+NEEDED = *SETTINGS, "hours", "width", "depth", "heads", "seed", "loss"
 MAY_DIFFER = {"users", "hours_per_user", "width", "depth", "heads", "seed", "steps"}
-NEEDED = "users", "hours_per_user", "hours", "params_encoder", "width", "depth", "heads", "loss"
 SCORE = "_macro_f1"                                    # a probe's column: DATA_macro_f1
 
 def read_cell(cell):
-    """A finished run's flags, and its row of results.csv."""
-    try:
-        result = read_json(cell / "result.json")
-        row = {"name": cell.name}
-        row |= {key: value for key, value in result.items() if np.isscalar(value)}
-        row["hours_cap"] = result["hours_cap"] or math.inf
-        row |= {"person.{source}/{user}".format(**who): who["loss"] for who in result["people"]}
-        for path in sorted(cell.glob("finetune/*-probe.json")):
-            data = path.name.removesuffix("-probe.json")
-            row |= {f"{data}_{key}": value for key, value in read_json(path).items()
-                    if isinstance(value, (int, float))}
-        require(all(row[key] > 0 for key in NEEDED), "a number isn't above 0")
-        return result["config"] | {}, row              # TypeError if that is damaged
-    except (LookupError, TypeError, ValueError, AttributeError, UserError) as error:
-        raise UserError(f"{cell} has a damaged file ({error!r}): delete it, run this cell again"
-                        ) from None
+    """A finished run's flags, and its row of results.csv, with the scores of its probes."""
+    result = read_json(cell / "result.json")
+    row = {"name": cell.name}
+    row |= {key: value for key, value in result.items() if np.isscalar(value)}
+    row["hours_cap"] = result["hours_cap"] or math.inf
+    row |= {"person.{source}/{user}".format(**who): who["loss"] for who in result["people"]}
+    for path in sorted(cell.glob("finetune/*-probe.json")):
+        data = path.name.removesuffix("-probe.json")
+        row |= {f"{data}_{key}": value for key, value in read_json(path).items()
+                if isinstance(value, (int, float))}
+    return result["config"], row
 
 def collect(folder, out):
     """Write results.csv, a row for each finished run, into `out`. UserError if their flags differ;
@@ -253,10 +248,9 @@ def collect(folder, out):
         flags, row = read_cell(cell)
         flags, rows = defaults | flags, [*rows, row]
         usual = usual or flags
-        for key in (flags.keys() | usual) - MAY_DIFFER:
-            value, other = flags.get(key), usual.get(key)
-            require(value == other, f"{folder} mixes configurations: {key} is {value} in "
-                    f"{cell.name}, {other} in {rows[0]['name']}: give each its own folder")
+        differ = {key for key in flags.keys() | usual if flags.get(key) != usual.get(key)}
+        require(differ <= MAY_DIFFER, f"{folder} mixes configurations: {cell.name} and "
+                f"{rows[0]['name']} differ in {differ - MAY_DIFFER}: give each its own folder")
     require(rows, f"{folder} has no finished run: train first")
     with replacing(out / "results.csv") as path, open(path, "w", newline="") as file:
         columns = dict.fromkeys(key for row in rows for key in row)
@@ -268,25 +262,28 @@ def collect(folder, out):
 def read_grid(path):
     """The columns of a results.csv. hours_per_user: its mean at each cap; equal_hours: see there;
     people: their losses (n, people)."""
-    table = read_csv(path, (*NEEDED, "seed"), from_0=["seed"])
-    twice = [name for name, n in Counter(table.get("name", ())).items() if n > 1]
-    require(not twice, f"{path} has {twice} twice: remove one")
-    each = table["hours_per_user"]
+    table = read_csv(path, NEEDED)
+    names, each = table.get("name", ()), table["hours_per_user"]
+    require(len({*names}) == len(names), f"{path} has a run twice: each name must stand once")
     caps = merged(table.get("hours_cap", each))
     for runs in (caps == cap for cap in {*caps}):      # people may have somewhat less than the cap
         if each[runs].max() < 1.5 * each[runs].min():
             each[runs] = each[runs].mean()
     table["equal_hours"] = equal_hours(table)
-    people = [values for key, values in table.items()
-              if key.startswith("person.") and values.dtype.kind == "f"]
-    if len(people) > 1 and np.min(people) > 0:         # all runs have the same people
-        table["people"] = np.transpose(people)
+    people = [losses for key, losses in table.items() if key.startswith("person.")
+              and losses.dtype.kind == "f" and losses.min() > 0]       # those of all runs
+    table["people"] = np.reshape(people, (-1, len(each))).T
     return table
 
 def main_model(table):
     """The runs of the model that has most of them, the largest if several have."""
     sizes, counts = np.unique(table["params_encoder"], return_counts=True)
     return take(table, table["params_encoder"] == sizes[counts == counts.max()].max())
+
+def models(table):
+    """{as one names it: its parameters}."""
+    names = map("{:.0f}x{:.0f}x{:.0f}".format, table["width"], table["depth"], table["heads"])
+    return dict(zip(names, table["params_encoder"]))
 
 def grid_ranges(table):
     """Of the numbers that this grid has settings for; none if it has too few for a law."""
@@ -302,18 +299,20 @@ def grid_study(table):
     if len({*table["params_encoder"]}) == 2:
         table = main_model(table)
     law = Law(grid_law, grid_ranges(table), 1e9)
-    models = map("{:.0f}x{:.0f}x{:.0f}".format, table["width"], table["depth"], table["heads"])
     first = {"name": "grid", "parameters": None, "ci95": None, "noise": noise(table), "fits": [],
              "form": "E + 1 / (1/s + 1/R), s = A N^-a + B P^-c, N = U h H / (H + h)",
-             "models": dict(zip(models, table["params_encoder"])), "held_out": {},
-             "y": "loss", "n": len(table["loss"])}
+             "models": models(table), "held_out": {}, "y": "loss", "n": len(table["loss"])}
     if not law.ranges:
         print("note: no law, which takes three numbers of users and six settings of users and time")
         return first
-    tops = {x: table[x] == table[x].max() for x in SETTINGS}
-    tops = {x: top for x, top in tops.items()
-            if grid_ranges(take(table, ~top)).keys() == law.ranges.keys()}
-    first |= study(law, table, "loss", SETTINGS, tops, without_each_seed(table))
+    tops = {}
+    for x in SETTINGS:
+        top = table[x] == table[x].max()
+        if grid_ranges(take(table, ~top)).keys() == law.ranges.keys():
+            tops[x] = top
+    seeds = table["seed"]                              # runs of a seed share people, vary together
+    without_seed = [take(table, seeds != seed) for seed in np.unique(seeds)]
+    first |= study(law, table, "loss", SETTINGS, tops, without_seed)
     whole, *others = first["fits"]
     if len(others) > 2:
         first["ci95"] = {name: grid_interval(whole[name], [one[name] for one in others], low, high)
@@ -334,7 +333,7 @@ def noise(table):
     setting = numbered(*map(table.get, SETTINGS))
     runs = [table["loss"][setting == one] for one in {*setting}]
     off = [losses / without_each(losses) - 1 for losses in runs if len(losses) > 1]
-    return np.mean(np.hstack(off) ** 2) ** .5 if off else None
+    return rms(np.hstack(off)) if off else None
 
 # ---------------------------------------------------------------- any table
 HUBER = 1e-3
@@ -343,37 +342,39 @@ def table_study(path, a):
     """laws[0] of a table, whose rows, or whole groups, are resampled for intervals."""
     factors, tops = sum(a.x, ()), {}
     table = read_csv(path, [*factors, a.y, a.holdout or a.y])
-    check_table(path, table, a, factors)
-    units = {x: math.exp(np.log(table[x]).mean()) for x in factors}
-    formula = functools.partial(table_law, units=units)
-    law = Law(formula, table_ranges(table, a.y, a.x, not a.no_floor), HUBER)
-    groups = numbered(table[a.group]) if a.group else np.arange(len(table[a.y]))
-    rows = [np.flatnonzero(groups == group) for group in range(max(groups) + 1)]
-    require(len(rows) > 4, f"{path} has {len(rows)} groups of {a.group}: intervals take five")
-    draws = np.random.default_rng(0).integers(len(rows), size=(a.bootstrap, len(rows)))
-    resampled = [take(table, np.hstack([rows[i] for i in drawn])) for drawn in draws]
     if a.holdout:
         held = table[a.holdout]
-        top = tops[a.holdout] = held >= min(held.max() / 1.1, np.quantile(held, .9))
-        require(sum(~top) > len(law.ranges), f"{path} has too few rows without the largest "
-                f"{a.holdout}: add some")
+        tops[a.holdout] = held >= min(held.max() / 1.1, np.quantile(held, .9))
+    check_table(path, table, a, factors, tops)
+    units = {x: np.exp(np.log(table[x]).mean()) for x in factors}
+    formula = functools.partial(table_law, units=units)
+    law = Law(formula, table_ranges(table, a.y, a.x, not a.no_floor), HUBER)
+    groups = numbered(table.get(a.group, np.arange(len(table[a.y]))))
+    rows = [np.flatnonzero(groups == group) for group in {*groups}]
+    draws = np.random.default_rng(0).integers(len(rows), size=(a.bootstrap, len(rows)))
+    resampled = [take(table, np.hstack([rows[i] for i in drawn])) for drawn in draws]
     first = study(law, table, a.y, factors, tops, resampled)
     numbers, *others = [in_lists(fit, a.x, units) for fit in first["fits"]]
     ci95 = {key: np.percentile([one[key] for one in others], (2.5, 97.5), axis=0).T
             for key in numbers if others}
     form = " + ".join(["E"] + [f"A {'^-alpha '.join(term)}^-alpha" for term in a.x])
-    held_out = [{"column": x, **errors} for x, errors in first.pop("held_out").items()]
+    held_out = first.pop("held_out").get(a.holdout)
     return first | {"name": "table", "x": factors, "terms": a.x, "form": form, **numbers,
-                    "ci95": ci95 or None, "holdout": held_out[0] if held_out else None,
+                    "ci95": ci95 or None, "holdout": held_out and {"column": a.holdout, **held_out},
                     "units": units, "fits": first["fits"][:201]}
 
-def check_table(path, table, a, factors):
+def check_table(path, table, a, factors, tops):
     """UserError if the table is too small for a law; notes on rows that belong together."""
+    require(len({*factors, a.y}) == len(factors) + 1, "--x takes each column in one term only, and "
+            "not --y")
     n, least = len(table[a.y]), len(a.x) + len(factors) + 3
-    require(n >= least, f"{path} has {n} rows; a law of {', '.join(factors)} needs {least}")
+    rest = n - sum(map(sum, tops.values()))
+    require(rest >= least, f"{path} has {rest} rows that aren't held out; a law of "
+            f"{', '.join(factors)} needs {least}")
     for x in factors:
         require(len({*table[x]}) > 2, f"{path} has too few values of {x}: an exponent needs 3")
-    require(a.group in {None, *table}, f"{path} has no column '{a.group}'")
+    require(not a.group or len({*table.get(a.group, ())}) > 4,
+            f"{path} has no column '{a.group}', or fewer than the five groups that intervals take")
     for name, values in table.items():
         if values.dtype.kind == "U" and 1 < len({*values}) < n and not a.group:
             print(f"note: {name} has {len({*values})} different texts in {n} rows: if those of one "
@@ -384,11 +385,11 @@ def check_table(path, table, a, factors):
 
 def in_lists(numbers, terms, units):
     """{"E", "A": one a term, "alpha": one a factor}, where no factor is divided by its unit."""
-    alpha = {x: numbers[f"alpha {x}"] for x in units}
-    powers = [math.prod(units[x] ** alpha[x] for x in term) for term in terms]
-    levels = [numbers["A " + "*".join(term)] for term in terms]
-    return {"E": numbers.get("E", 0.), "alpha": [*alpha.values()],
-            "A": [level * min(power, 1e300) for level, power in zip(levels, powers)]}
+    alpha, A = {x: numbers[f"alpha {x}"] for x in units}, []
+    for term in terms:
+        power = math.prod(units[x] ** alpha[x] for x in term)
+        A.append(numbers["A " + "*".join(term)] * min(power, 1e300))
+    return {"E": numbers.get("E", 0.), "A": A, "alpha": [*alpha.values()]}
 
 # ---------------------------------------------------------------- of either law
 def study(law, table, y, settings, tops, others):
@@ -397,88 +398,94 @@ def study(law, table, y, settings, tops, others):
     whole, held_out = fit(law, table, y), {}
     for x, top in tops.items():
         rows, rest = take(table, top), take(table, ~top)
-        errors = {who: errors_of(predicted, rows[y])
-                  for who, predicted in forecasts(rest, rows, y, settings, x).items()}
         predicted = law.formula(rows, **fit(law, rest, y))
-        held_out[x] = {**errors_of(predicted, rows[y]), "forecasters": errors}
+        held_out[x] = outcome(predicted, forecasts(rest, rows, y, settings, x), rows[y])
     residuals = np.log(table[y] / law.formula(table, **whole))
-    small = np.clip(residuals, -HUBER, HUBER)          # Huber's loss: small (r - small / 2)
     return {"y": y, "n": len(residuals), "rows": {x: table[x] for x in (*settings, y)},
             "fits": [whole, *(fit(law, other, y, whole) for other in others)],
-            "held_out": held_out, "rms": np.mean(residuals ** 2) ** .5,
-            "objective": (small * (residuals - small / 2)).sum()}
+            "held_out": held_out, "rms": rms(residuals),
+            "objective": huber(HUBER, residuals).sum()}
+
+def rms(values):
+    return np.mean(values ** 2) ** .5
 
 def errors_of(predicted, measured):
     error = abs(predicted / measured - 1)
     error = error[np.isfinite(error)]
     return {"n": len(error), "median_relative_error": np.median(error),
             "worst_relative_error": error.max(),
-            "rms_relative_error": np.mean(error ** 2) ** .5} if len(error) else None
+            "rms_relative_error": rms(error)} if len(error) else None
+
+def outcome(predicted, others, measured):
+    """The law's errors and the forecasters'."""
+    errors = {who: errors_of(each, measured) for who, each in others.items()}
+    return {**errors_of(predicted, measured), "forecasters": errors}
+
+def each_of(errors):
+    """{the law, a forecaster: its errors}, of those that predict anything."""
+    return {who: one for who, one in {"law": errors, **errors["forecasters"]}.items() if one}
 
 def read_law(path):
-    """Of a laws.json: laws[0], its formula, the rows that it was fitted to, the verdicts."""
+    """Of a laws.json: laws[0] and the verdicts."""
     try:
         content = read_json(path)
-        first = content["laws"][0]
-        formula = {"grid": grid_law,
-                   "table": functools.partial(table_law, units=first.get("units"))}[first["name"]]
+        first, verdicts = content["laws"][0], content["verdicts"]
         require(first["fits"], f"{path} has no law, as its grid has too few settings: add some and "
                 "fit again")
-        rows = {x: np.array(values, float) for x, values in first["rows"].items()}
-        verdicts = content["verdicts"]
-    except (LookupError, TypeError, ValueError, AttributeError):
+        first["rows"] = {x: np.array(values, float) for x, values in first["rows"].items()}
+        return first, verdicts
+    except (LookupError, TypeError, AttributeError):
         raise UserError(f"{path} is no laws.json of this program: fit again") from None
-    return first, formula, rows, verdicts
 
-def expected(first, formula, rows, table):
+def expected(first, table):
     """The loss of each row (n,) and the band of 95 % of single runs (2, n), the law's interval and
     the runs' scatter about it; None in its place if the law has no interval."""
-    whole, *others = np.log([formula(table, **numbers) for numbers in first["fits"]])
-    ends = interval(whole, others)
-    if first["name"] == "table" and others:
-        ends = np.percentile(others, (2.5, 97.5), axis=0)
+    rows, fits, is_grid = first["rows"], first["fits"], first["name"] == "grid"
+    formula = grid_law if is_grid else functools.partial(table_law, units=first["units"])
+    whole, *others = np.log([formula(table, **numbers) for numbers in fits])
+    off = np.log(rows[first["y"]] / formula(rows, **fits[0]))
+    if is_grid:
+        ends = interval(whole, others)
+        off = off[rows["users"] >= np.median(rows["users"])]       # runs on few people scatter more
+    else:
+        ends = np.percentile(others, (2.5, 97.5), axis=0) if others else None
     if ends is None:
         return np.exp(whole), None
-    off = np.log(rows[first["y"]] / formula(rows, **first["fits"][0]))
-    if first["name"] == "grid":                        # runs on few people scatter more
-        off = off[rows["users"] >= np.median(rows["users"])]
-    free = max(1, first["n"] - len(first["fits"][0]))
+    free = max(1, first["n"] - len(fits[0]))
     scatter = student.ppf(.975, free) * math.sqrt(np.mean(off ** 2) * first["n"] / free)
     return np.exp(whole), np.exp(whole + np.hypot(ends - whole, scatter) * [[-1], [1]])
 
 def predict(path, cells, out):
-    """Predict each row of a CSV; where y is measured in all of them, report the errors."""
-    first, formula, rows, _ = read_law(path)
+    """Predict each row of a CSV; if it has the column y, report the errors."""
+    first, _ = read_law(path)
+    rows = first["rows"]
     *settings, y = rows
     table = read_csv(cells, settings)
-    losses, band = expected(first, formula, rows, table)
+    losses, band = expected(first, table)
     beyond = [x for x in settings if max(table[x]) > 1.01 * max(rows[x])] or settings
     others = forecasts(rows, table, y, settings, beyond[0])
-    finite = {who: np.where(np.isfinite(each), each, None) for who, each in others.items()}
     prediction = [{"name": str(name), "loss": losses[i],
                    "single_run": None if band is None else band[:, i],
-                   "forecasters": {who: each[i] for who, each in finite.items()}}
+                   "forecasters": {who: each[i] if np.isfinite(each[i]) else None
+                                   for who, each in others.items()}}
                   for i, name in enumerate(table.get("name", losses))]
     result = {"law": path.name, "provenance": provenance(), "cells": prediction}
-    measured = table.get(y, np.array(""))
-    if measured.dtype.kind == "U" or np.isnan(measured).all():
+    if y not in table:
         return write_json(out / "prediction.json", result)
-    require((measured > 0).all(), f"{cells}: '{y}' must be above 0 in all rows or missing")
-    errors = {who: errors_of(each, measured) for who, each in others.items()}
-    law = errors_of(losses, measured)
-    for who, error in {"law": law, **errors}.items():
-        print(f"{who:22}", *(f"{key} {value:.4g}" for key, value in (error or {}).items()))
-    inside = None
+    measured = read_csv(cells, rows)[y]
+    errors, inside = outcome(losses, others, measured), None
+    for who, one in each_of(errors).items():
+        print("{:22} n {n}, relative error: median {median_relative_error:.2%}, rms "
+              "{rms_relative_error:.2%}".format(who, **one))
     if band is not None:
         inside = np.mean((band[0] <= measured) & (measured <= band[1]))
         print(f"{inside:.0%} of {len(measured)} runs inside the band")
-    write_json(out / "outcome.json", {**result, **law, "forecasters": errors, "inside": inside,
-                                      "measured": measured})
+    write_json(out / "outcome.json", {**result, **errors, "inside": inside, "measured": measured})
 
 # ---------------------------------------------------------------- advice
 def recommend(path, a):
     """The best plan for a budget; for a plan the model, the loss, whom to record next."""
-    first, formula, rows, verdicts = read_law(path)
+    first, verdicts = read_law(path)
     users, each = a.users, a.hours_per_user
     require(first["name"] == "grid" and (users and each or a.hours and (a.setup or 1e9) < a.hours),
             "--recommend takes a grid's laws.json, and --users and --hours-per-user, or --hours "
@@ -488,30 +495,27 @@ def recommend(path, a):
         each = math.sqrt(first["parameters"]["h"] * a.setup)                   # largest N
         users = max(1, math.floor(a.hours / (each + a.setup)))
         each = a.hours / users - a.setup
-        decided = verdicts["hours_saturate"]["decision"] == "holds"
-        print(f"{users} people, {duration(each)} of each" + ("." if decided else ": a guess. Not "
-              "decided by this grid: it needs longer recordings, or more seeds."))
+        print(f"{users} people, {duration(each)} of each, if one's hours run out as in this law.")
     names, sizes = zip(*sorted(first["models"].items(), key=lambda model: model[1]))
     plan = {"users": users, "hours_per_user": each, "params_encoder": np.array(sizes)}
-    losses, band = expected(first, formula, rows, plan)
+    losses, band = expected(first, plan)
     best = np.argmax(losses < 1.01 * losses.min())
-    why = ": no larger one of the grid gains more than 1 %" if "c" in first["parameters"] else ""
-    runs = "no band below three seeds"
+    print(f"Model {names[best]}, the smallest within 1 % of the law's best. "
+          f"Expected loss {losses[best]:.4f}.")
     if band is not None:
-        runs = f"95 % of runs {band[0, best]:.4f} to {band[1, best]:.4f}"
-    print(f"Model {names[best]}{why}. Expected loss {losses[best]:.4f}, {runs}.")
-    print(verdicts["users_minus_hours_exponent"]["text"])
-    for x, value in ("users", users), ("hours_per_user", each):
-        low, high = min(rows[x]), max(rows[x])
-        if not .99 * low <= value <= 1.01 * high:
-            print(f"note: {x} {value:.3g} is extrapolated, the grid has {low:.3g} to {high:.3g}")
+        print("95 % of runs: {:.4f} to {:.4f}.".format(*band[:, best]))
+    for claim in "hours_saturate", "users_minus_hours_exponent":
+        print(verdicts[claim]["text"])
+    people, times = first["rows"]["users"], first["rows"]["hours_per_user"]
+    print(f"The grid has {min(people):.0f} to {max(people):.0f} people, {duration(min(times))} to "
+          f"{duration(max(times))} of each: beyond that, the law is a guess.")
 
 def duration(hours):
     """As one says it: 50 s, 13 min, 2.5 h."""
-    if hours > 2.95:
+    seconds = round(hours * 3600)
+    if seconds > 10600:
         return f"{hours:.2g} h"
-    whole = abs(hours * 60 - round(hours * 60)) < .02
-    return f"{hours * 60:.0f} min" if hours > .16 or whole else f"{hours * 3600:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds > 575 or seconds % 60 == 0 else f"{seconds} s"
 
 # ---------------------------------------------------------------- verdicts
 def verdict(question, yes, no, value, ci95, margin=None, needs="more seeds or users", **more):
@@ -527,15 +531,17 @@ def verdict(question, yes, no, value, ci95, margin=None, needs="more seeds or us
             **more}
 
 def over_seeds(question, yes, no, values, **more):
+    """The verdict on a value of each seed (k,). {} in `yes` is what twice as much then saves."""
     value = values.mean() if len(values) else None
+    yes = yes.format(1 - 2 ** -(value or 0))
     return verdict(question, yes, no, value, interval(value, without_each(values)), **more)
 
 def users_or_hours(table):
     """At equal hours in all: each seed, each held-out person, neighbours on a line."""
     values, won = users_save(table, table["loss"]), []
-    people = table["people"].T if "people" in table and len(values) else np.zeros((0, 1))
-    each = [users_save(table, losses).mean() for losses in people]
-    rest = [users_save(table, losses).mean() for losses in without_each(people)]
+    people = table["people"].T if len(values) else np.zeros((0, 1))
+    each, rest = ([users_save(table, losses).mean() for losses in means]
+                  for means in (people, without_each(people)))
     runs = main_model(table)
     for number in {*runs["equal_hours"]}:
         cells = take(runs, runs["equal_hours"] == number)
@@ -580,12 +586,11 @@ def verdicts_of(table, first):
     more = savings(loss, both, seeds, numbered(users, time), size)
     h, ends = ((first[key] or {}).get("h") for key in ("parameters", "ci95"))
     half = f"{60 * (h or 0):.1f} minutes"
-    less = [f"{1 - 2 ** -values.mean():.0%}" if len(values) else "" for values in (people, times)]
     verdicts = {
-        "more_people": over_seeds("Do more people help?", f"Yes: twice the people have {less[0]} "
-                                  "less loss.", "No.", people),
+        "more_people": over_seeds("Do more people help?", "Yes: twice the people have {:.0%} less "
+                                  "loss.", "No.", people),
         "longer_recordings": over_seeds("Do longer recordings help?", "Yes: twice as long, the "
-                                        f"same people have {less[1]} less loss.", "No.", times),
+                                        "same people have {:.0%} less loss.", "No.", times),
         "users_minus_hours_exponent": users_or_hours(table),
         "hours_saturate": verdict("Do the hours of one person count less and less?",
                                   f"Yes: by the law {half} of one person count half, and endless "
@@ -595,25 +600,26 @@ def verdicts_of(table, first):
         "power_law": power_law(first["held_out"].get("users")),
         "capacity_interaction": over_seeds("Do larger models gain more from more data?", "Yes.",
                                            "No, they gain less.", more)}
-    for score in scores_of(table):
-        name, rows = score.removesuffix(SCORE), np.isfinite(table[score])
+    for name, score in scores_of(table).items():
+        rows = np.isfinite(score)
         verdicts[f"downstream_{name}"] = over_seeds(
             f"Does the score on {name} rise as the loss falls?", "Yes.", "No, it falls.",
-            savings(table[score][rows], loss[rows], seeds[rows], size[rows] * 0))
+            savings(score[rows], loss[rows], seeds[rows], size[rows] * 0))
     return verdicts
 
 def scores_of(table):
-    return [name for name, values in table.items() if name.endswith(SCORE)
-            and values.dtype.kind == "f" and np.isfinite(values).any()]
+    """{a set: macro-F1 of each run's probe on it, nan where it has none}."""
+    return {name.removesuffix(SCORE): values for name, values in table.items()
+            if name.endswith(SCORE) and values.dtype.kind == "f"}
 
 def show(first):
     """The law and its numbers."""
     print(f"{first['y']} = {first['form']}   ({first['n']} rows)")
-    numbers, ends = first.get("parameters", first) or {}, first["ci95"] or {}
-    for name in dict.fromkeys(["E", "A", "alpha", *GRID]):
-        values = [each[name] for each in (numbers, ends) if name in each]
-        if values:
-            print(f"  {name:6}", *(np.array2string(np.array(each), precision=4) for each in values))
+    numbers, ends = first.get("parameters", first), first["ci95"] or {}
+    np.set_printoptions(precision=4)
+    for name in [*GRID, "alpha"]:
+        if name in numbers:
+            print(f"  {name:6}", *(np.atleast_1d(each[name]) for each in (numbers, ends) if each))
     if first.get("holdout"):
         print("held out: {column}, median error {median_relative_error:.1%}".format(
             **first["holdout"]))
@@ -622,8 +628,7 @@ def screen(table, first, verdicts, drawn, out):
     """What a sweep ends with."""
     runs = main_model(table)
     times = np.unique(runs["hours_per_user"])
-    names = {size: name for name, size in first["models"].items()}
-    model = names[runs["params_encoder"][0]]
+    model, *_ = models(runs)
     print(f"\nMean loss of {model}, users down, recorded of each across:")
     print(f"{'':8}", *(f"{duration(time):>8}" for time in times))
     for users in np.unique(runs["users"]):
@@ -643,74 +648,69 @@ def new_axes(title, xlabel, ylabel):
     from matplotlib.figure import Figure               # here, so that errors come fast
     ax = Figure((7, 5), layout="constrained").subplots()
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 def curves(title, xlabel, x, table, labels, fits):
-    """Means over seeds with their error against x, a colour and a curve of the law for each label;
-    open where --steps ended a run."""
+    """Means over seeds with their error against x, a colour and a curve of the law for each label
+    that has two points."""
     from matplotlib import colormaps, ticker
+    labels = np.array([*labels])
+    kinds = dict.fromkeys(labels[np.argsort(table["hours"], kind="stable")])
+    kinds = [kind for kind in kinds if len({*table[x][labels == kind]}) > 1]
+    if not kinds:
+        return
     ax = new_axes(title, xlabel, "loss on held-out people")
     ax.set(xscale="log", yscale="log")
-    kinds = [labels[i] for i in np.argsort(table["hours"], kind="stable")]
-    kinds = [kind for kind in dict.fromkeys(kinds) if len({*table[x][labels == kind]}) > 1]
     for i, kind in enumerate(kinds):
         colour, line = colormaps["viridis"](.9 * i / len(kinds)), take(table, labels == kind)
         places, first = np.unique(line[x], return_index=True)
-        means = []
-        for place in places:
-            cell = take(line, line[x] == place)
-            losses, means = cell["loss"], [*means, cell["loss"].mean()]
-            ended = np.isin(cell.get("converged", "True"), ["True", "TRUE", "1"]).all()
-            ax.errorbar(place, means[-1], losses.std() / max(len(losses) - 1, 1) ** .5, fmt="o",
-                        color=colour, markerfacecolor=colour if ended else "white")
+        cells = [line["loss"][line[x] == place] for place in places]
+        means = [losses.mean() for losses in cells]
+        errors = [losses.std() / max(len(losses) - 1, 1) ** .5 for losses in cells]
+        ax.errorbar(places, means, errors, fmt="o", color=colour)
         law = grid_law(take(line, first), **fits[0]) if fits else means
         ax.plot(places, law, color=colour, label=kind)
     ax.set_xticks(np.unique(table[x]))
     ax.yaxis.set_major_locator(ticker.MaxNLocator(7))
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter("{x:,.6g}")
-        axis.set_ticks([], minor=True)
+    ax.minorticks_off()
     return ax
 
 def errors_figure(held_out, noise):
-    """Errors of the law and of the forecasters, for each setting that was held out."""
-    ax = new_axes("Predicted from all other runs", "held out", "error of the loss (rms, %)")
-    names = {"users": "most people", "hours_per_user": "longest", "params_encoder": "largest model"}
-    for who in ["law", *next(iter(held_out.values()))["forecasters"]]:
-        errors = [{"law": one, **one["forecasters"]}[who] for one in held_out.values()]
-        heights = [100 * error["rms_relative_error"] if error else math.nan for error in errors]
-        ax.plot([names[x] for x in held_out], heights, "o", label=who)
-    ax.axhline(100 * (noise or 0), color="black", ls=":", label="a run, from its other seeds")
-    ax.set_ylim(0)
-    ax.margins(x=.3)
+    """Errors of the law and of the forecasters, a colour for each setting that was held out."""
+    ax = new_axes("The largest, predicted from all other runs", "error of the loss (rms, %)", "")
+    for x, errors in held_out.items():
+        error = {who: 100 * one["rms_relative_error"] for who, one in each_of(errors).items()}
+        ax.plot([*error.values()], [*error], "o", label=x)
+    ax.axvline(100 * (noise or 0), color="black", ls=":", label="a run, from its other seeds")
+    ax.set_xlim(0)
+    return ax
+
+def scores_figure(table, scores):
+    ax = new_axes("Linear probes of each run", "loss on held-out people",
+                  "macro-F1, divided by its mean")
+    for name, score in scores.items():
+        mean = np.nanmean(score)
+        ax.plot(table["loss"], score / mean, ".", label=f"{name}: mean {mean:.3f}")
     return ax
 
 def figures(table, first):
-    """{name: axes}."""
-    runs, drawn = main_model(table), {}
-    each, in_all = ([duration(hours) for hours in values]
-                    for values in (runs["hours_per_user"], merged(runs["hours"])))
+    """{name: axes}, of those that have something to show."""
+    runs, scores = main_model(table), scores_of(table)
+    each, in_all = map(duration, runs["hours_per_user"]), map(duration, merged(runs["hours"]))
     data = [f"{users:.0f} people, {duration(hours)}"
             for users, hours in zip(table["users"], table["hours_per_user"])]
-    for name, title, xlabel, x, rows, labels in (
-            ("loss_vs_users", "Colours: recorded of each", "people", "users", runs, each),
-            ("equal_hours", "Colours: recorded in all", "people", "users", runs, in_all),
-            ("loss_vs_params", "Colours: the data", "parameters of the encoder",
-             "params_encoder", table, data)):
-        if len({*zip(labels, rows[x])}) > len({*labels}):      # else no line has two points
-            fits = first["fits"] if rows is runs or "c" in (first["parameters"] or {}) else []
-            drawn[name] = curves(title, xlabel, x, rows, np.array(labels), fits)
-    if first["held_out"]:
-        drawn["predicted"] = errors_figure(first["held_out"], first["noise"])
-    scores = scores_of(table)
-    if scores:
-        ax = drawn["downstream"] = new_axes("Linear probes of each run", "loss on held-out people",
-                                            "macro-F1, divided by its mean")
-        for score in scores:
-            mean = np.nanmean(table[score])
-            label = f"{score.removesuffix(SCORE)}: mean {mean:.3f}"
-            ax.plot(table["loss"], table[score] / mean, ".", label=label)
+    law = first["fits"]
+    law_of_sizes = law if "c" in (first["parameters"] or {}) else []
+    drawn = {
+        "loss_vs_users": curves("Colours: recorded of each", "people", "users", runs, each, law),
+        "equal_hours": curves("Colours: recorded in all", "people", "users", runs, in_all, law),
+        "loss_vs_params": curves("Colours: the data", "parameters of the encoder",
+                                 "params_encoder", table, data, law_of_sizes),
+        "predicted": first["held_out"] and errors_figure(first["held_out"], first["noise"]),
+        "downstream": scores and scores_figure(table, scores)}
+    drawn = {name: ax for name, ax in drawn.items() if ax}
     for ax in drawn.values():
         ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return drawn
@@ -729,7 +729,7 @@ FLAGS = {                # name: (default, range or choices, what it does)
     "hours": (None, number(float, 1e-3), "the budget: hours in all, set-up included"),
     "setup": (None, number(float, 1e-3), "hours that a person costs before recording"),
     "predict": (None, Path, "a CSV of cells (name, factors): write prediction.json, or "
-                "outcome.json with the errors if y was measured in all"),
+                "outcome.json with the errors if it has the column y"),
 }
 
 def main():
@@ -743,9 +743,6 @@ def main():
         return recommend(a.target, a)
     if a.predict:
         return predict(a.target, a.predict, a.out or a.target.parent)
-    factors = sum(a.x or (), ())
-    require(len({*factors, a.y}) == len(factors) + 1 < 6 and "" not in factors,
-            "--x takes one to four columns, each in one term only, and not --y")
     if a.x:
         first, verdicts, drawn = table_study(a.target, a), {}, {}
     else:

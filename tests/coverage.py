@@ -47,7 +47,7 @@ def studied(rng, formula, true, table):
     slope = users_save(table, formula(table, **true)).mean()
     holds = {name: (ends, true.get(name)) for name, ends in first["ci95"].items()} | {
         "96 users": (np.exp(interval(whole, others)), far),
-        "a run of 96": (fit_laws.expected(first, grid_law, drawn, FAR)[1][:, 0], run),
+        "a run of 96": (fit_laws.expected(first, FAR)[1][:, 0], run),
         "slope": (ends, slope)}
     known = [name for name in holds if name in true or name not in GRID]
     return {name: low <= truth <= high for name, ((low, high), truth) in holds.items()
