@@ -191,7 +191,7 @@ def read_csv(path, needed):
         text = path.read_text(encoding="utf-8-sig")
         mark = max(",;\t", key=text.partition("\n")[0].count)
         reader = csv.reader(text.splitlines(), delimiter=mark, skipinitialspace=True)
-        rows = {reader.line_num: row for row in reader if any(row)}
+        rows = {reader.line_num: row for row in reader if "".join(row).strip()}
     except (OSError, ValueError, csv.Error):
         raise UserError(f"{path} is no CSV table in UTF-8, no folder of runs: name one") from None
     require(len(rows) > 1, f"{path} has no rows: give a header and a line per row")
@@ -225,6 +225,8 @@ SCORE = "_macro_f1"                                    # a probe's column: DATA_
 def read_cell(cell):
     """A finished run's flags, and its row of results.csv, with the scores of its probes."""
     result = read_json(cell / "result.json")
+    require({"config", "people", "hours_cap"} <= {*result}, f"{cell}/result.json lacks what a run "
+            "writes: delete it and run this cell again")
     row = {"name": cell.name}
     row |= {key: value for key, value in result.items() if np.isscalar(value)}
     row["hours_cap"] = result["hours_cap"] or math.inf
@@ -652,7 +654,7 @@ def new_axes(title, xlabel, ylabel):
 
 def curves(title, xlabel, x, table, labels, fits):
     """Means over seeds with their error against x, a colour and a curve of the law for each label
-    that has two points."""
+    that has two points; open where --steps ended a run."""
     from matplotlib import colormaps, ticker
     labels = np.array([*labels])
     kinds = dict.fromkeys(labels[np.argsort(table["hours"], kind="stable")])
@@ -664,10 +666,12 @@ def curves(title, xlabel, x, table, labels, fits):
     for i, kind in enumerate(kinds):
         colour, line = colormaps["viridis"](.9 * i / len(kinds)), take(table, labels == kind)
         places, first = np.unique(line[x], return_index=True)
-        cells = [line["loss"][line[x] == place] for place in places]
-        means = [losses.mean() for losses in cells]
-        errors = [losses.std() / max(len(losses) - 1, 1) ** .5 for losses in cells]
+        cells = [take(line, line[x] == place) for place in places]
+        means = np.array([cell["loss"].mean() for cell in cells])
+        errors = [cell["loss"].std() / max(len(cell["loss"]) - 1, 1) ** .5 for cell in cells]
         ax.errorbar(places, means, errors, fmt="o", color=colour)
+        capped = [np.isin(cell.get("converged"), ["False", "FALSE"]).any() for cell in cells]
+        ax.plot(places[capped], means[capped], "o", color=colour, markerfacecolor="white")
         law = grid_law(take(line, first), **fits[0]) if fits else means
         ax.plot(places, law, color=colour, label=kind)
     ax.set_xticks(np.unique(table[x]))
