@@ -679,8 +679,7 @@ def read_set(name, settings, raw):
     classes = list(source.classes) or sorted({label for _, label in rows} - {""})
     users = np.array([names.index(user) for user, _ in rows])
     labels = np.array([classes.index(label) if label else -1 for _, label in rows])
-    hashes = [[hashlib.sha256(x).hexdigest()[:12] for x in windows[users == user]]
-              for user in range(len(names))]
+    hashes = np.array([hashlib.sha256(x).hexdigest()[:12] for x in windows])
     own = {"folder": name, "simulated": f"simulated-{settings.get('seed')}"}
     default = own.get(what, what.split("_")[0])                  # WISDM's two are one
     named = all(user.find("_") > 0 for user in names)
@@ -698,7 +697,8 @@ def read_set(name, settings, raw):
         "left_out": left, "remarks": remarks, "origin": "; ".join([source.text, *source.archives]),
         "test_users": [user for user in names if user in source.test_users] or None,
         # A recording that is most of two files is among the smallest hashes of both.
-        "checksums": [sorted({*own})[:64] for own in hashes], "settings": settings,
+        "checksums": [np.unique(hashes[users == user])[:64] for user in range(len(names))],
+        "settings": settings,
         "provenance": provenance(), "fingerprint": fingerprint(windows, users, labels)})
 
 def to_look_at(names, windows, users, hashes):
@@ -715,9 +715,10 @@ def to_look_at(names, windows, users, hashes):
             found["hardly moves: was it worn?"].append(name)
         if np.median(np.linalg.norm(x[:, :3].mean(2), axis=1)) < 0.5:
             found["gravity is missing, which encoders expect"].append(name)
-        for one in hashes[user]:
+        for one in hashes[users == user]:
             if one in owner:
-                found["the same recording twice, leave one out"].append(f"{owner[one]} = {name}")
+                found["the same recording twice, leave one out"].append(
+                    f"in {owner[one]} and in {name}")
             owner[one] = name
     return [f"{what}: {', '.join(dict.fromkeys(who))}" for what, who in found.items()]
 
