@@ -90,7 +90,7 @@ def stretches(stream, sensor):
     account["mended: rows out of order, sorted"] = step * np.sum(order != row)
     account["mended: stamps in bursts, or rounded, spread evenly"] = step * np.sum(t != stamps)
     spans = [t[rows[-1]] - t[rows[0]] + step for rows in parts]
-    account["all"] = sum(left_out(account).values()) + sum(spans)
+    account["all"] = left_out(account).total() + sum(spans)
     return [(t[rows], x[rows]) for rows in parts], step, account
 
 # ---------------------------------------------------------------- a clock to windows
@@ -122,7 +122,7 @@ def cut(recordings, length):
     for user, label, streams in recordings:
         parts, pace, accounts = zip(*map(stretches, streams, SENSORS.values()))
         own = functools.reduce(operator.or_, accounts)         # of two clocks, the larger of each
-        rest = own.pop("all", 0) - sum(left_out(own).values())
+        rest = own.pop("all", 0) - left_out(own).total()
         for pair in side_by_side(parts):
             start, end = max(t[0] for t, _ in pair), min(t[-1] for t, _ in pair)
             n = max(0, math.floor((end - start) * RATE + 1e-6) + 1)
@@ -151,11 +151,12 @@ def by_source(meta):
 def held_out_users(meta):
     """The users that no model is trained on: a fifth of each source's, at least 2, by a hash. Two
     halves: the best step for one is where the other is scored (pretrain.cross_fitted)."""
+    def rank(user):
+        name = f"{meta['sources'][user]}/{meta['users'][user]}"
+        return hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
     half_a, half_b = [], []
-    hashes = [hashlib.sha256(f"{source}/{name}".encode(errors="surrogateescape")).hexdigest()
-              for source, name in zip(meta["sources"], meta["users"])]
     for group in by_source(meta):
-        ranked = sorted(group, key=lambda user: hashes[user])
+        ranked = sorted(group, key=rank)
         held_out = ranked[:max(2, len(ranked) // 5)]
         half_a, half_b = half_a + held_out[::2], half_b + held_out[1::2]
     return half_a, half_b
@@ -186,7 +187,7 @@ def draw_windows(prepared, users, hours_per_user, seed):
 Source = namedtuple("Source", "text members archives classes seconds test_users rate",
                     defaults=((), (), SECONDS, (), None))
 UCI = "https://archive.ics.uci.edu/static/public/"
-UCIHAR = "WALKING", "WALKING_UPSTAIRS", "WALKING_DOWNSTAIRS", "SITTING", "STANDING", "LAYING"
+UCIHAR = "WALKING WALKING_UPSTAIRS WALKING_DOWNSTAIRS SITTING STANDING LAYING".split()
 WISDM = ("walking jogging stairs sitting standing typing teeth soup chips pasta drinking sandwich "
          "kicking catch dribbling writing clapping folding").split()     # A to S; there is no N
 WISDM_ZIP = UCI + "507/wisdm+smartphone+and+smartwatch+activity+and+biometrics+dataset.zip"
@@ -242,17 +243,16 @@ def number(kind, low, high=1e9):
         raise argparse.ArgumentTypeError(f"{text} is not {what} from {low:g} to {high:g}")
     return parse
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """A file's own text as it stands, then each flag with its default."""
-
 def build_parser(flags, text):
     """An argparse parser of {name: (default, type or choices, what it does)}; bool: a switch."""
-    p = argparse.ArgumentParser(description=text, formatter_class=Help)
+    p = argparse.ArgumentParser(description=text,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, (default, allowed, meaning) in flags.items():
         kind = {"choices": allowed} if isinstance(allowed, list) else {"type": allowed}
         if allowed is bool:
             kind = {"action": "store_true"}
-        p.add_argument("--" + name.replace("_", "-"), default=default, help=meaning, **kind)
+        p.add_argument("--" + name.replace("_", "-"), default=default,
+                       help=meaning + " (default: %(default)s)", **kind)
     return p
 
 def command(main):
@@ -303,7 +303,8 @@ def provenance():
 
 def left_out(account):
     """The seconds that aren't in windows, by reason: what was mended is."""
-    return {why: seconds for why, seconds in account.items() if not why.startswith("mended")}
+    return Counter({why: seconds for why, seconds in account.items()
+                    if not why.startswith("mended")})
 
 def random_stream(*key):
     """A random generator for each use, by name: random_stream(seed, "masks", step)."""
@@ -365,8 +366,8 @@ def ucihar(split, names, read, settings):
     signals = [table(f"Inertial Signals/{sensor}_{axis}", 128)
                for sensor in ("total_acc", "body_gyro") for axis in "xyz"]
     classes = dict(enumerate(UCIHAR, 1))
-    labels = [classes[label] for label in table("y", 1).ravel()]
-    users = [int(user) for user in table("subject", 1).ravel()]
+    labels = [classes[label] for [label] in table("y", 1)]
+    users = [int(user) for [user] in table("subject", 1)]
     for user, label, x in zip(users, labels, np.stack(signals, axis=2), strict=True):
         if user <= (settings["limit_users"] or user):
             yield str(user), label, steady(x, 50)
@@ -391,8 +392,7 @@ def extrasensory(user, names, read, settings):
     for name in sorted({name.replace("proc_gyro", "raw_acc") for name in names}):
         acc = numbers(read(name), 4)
         gyro = numbers(read(name.replace("raw_acc", "proc_gyro")), 4)
-        norms = np.linalg.norm(acc[:, 1:], axis=1)
-        norm = np.median(np.r_[norms[np.isfinite(norms)], 0])         # nearly
+        norm = np.nanmedian(np.r_[np.linalg.norm(acc[:, 1:], axis=1), 0])      # 0: if all are nan
         unit = 1 if 0.7 <= norm <= 1.5 else GRAVITY if 6 <= norm <= 15 else math.nan   # no reading
         yield user, "", [(acc[:, 0], acc[:, 1:] / unit), (gyro[:, 0], gyro[:, 1:])]
 
@@ -430,9 +430,7 @@ def folder(user, names, read, settings):
     path = Path(names[0])
     fields = np.load(path) if path.suffix.lower() == ".npz" else read_csv(path)
     x = fields["signal"].astype(float)
-    rate = 1 if "t" in fields else fields["rate"].item()
-    require(0 < rate <= 900, f"{path}: rate is {rate}, not from 5 to 900 Hz")
-    t = fields["t"] if "t" in fields else np.arange(len(x)) / rate
+    t = fields["t"] if "t" in fields else np.arange(len(x)) / fields["rate"]
     segment = fields.get("segment", np.zeros(len(x)))
     label = fields.get("label", np.full(len(x), "")).astype(str)
     three_axes_each = x.shape[1] in range(3, len(CHANNELS) + 1, 3)
@@ -444,7 +442,7 @@ def folder(user, names, read, settings):
     require(unit, f"{path}: t grows by {step:.3g} a row, in none of {[*TIME_UNITS]} 5 to 900 Hz")
     second, spelled = TIME_UNITS[unit[0]], one_spelling(label)
     mended = {f"t read as {unit[0]}, {1 / step / second:.4g} rows a second": second != 1,
-              "rows out of order, sorted": np.any(order[1:] < order[:-1]),
+              "rows out of order, sorted": np.any(np.diff(order) < 0),
               "other spellings of a label": np.any((spelled != label) & (spelled != ""))}
     for what, happened in mended.items():
         if happened:
@@ -485,7 +483,7 @@ def value_of(text):
         return float(text)
     with contextlib.suppress(ValueError):
         date = datetime.datetime.fromisoformat(text)
-        return (date if date.tzinfo else date.replace(tzinfo=datetime.UTC)).timestamp()
+        return date.replace(tzinfo=date.tzinfo or datetime.UTC).timestamp()
     return math.nan
 
 def one_spelling(label):
@@ -574,18 +572,15 @@ def simulated(user, names, read, settings, rate=40):
 # ---------------------------------------------------------------- prepare: fetch, read, write
 def download(url, path):
     """Fetch `url` to `path` through `path`.part; a transfer that was cut off is resumed."""
-    import requests, urllib3
+    import requests
     require("://" in url, f"{path} is missing and has no stable URL: download it by hand")
     print(f"fetching {url}", file=sys.stderr)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    retry = urllib3.Retry(4, backoff_factor=0.3, status_forcelist=[429, 500, 502, 503, 504])
-    session = requests.Session()
-    session.mount(url.split("//")[0] + "//", requests.adapters.HTTPAdapter(max_retries=retry))
     with open(part, "ab") as file:
         headers = {"Accept-Encoding": "identity", "Range": f"bytes={file.tell()}-"}
         try:
-            response = session.get(url, headers=headers, stream=True, timeout=60)
+            response = requests.get(url, headers=headers, stream=True, timeout=60)
             if response.status_code in (200, 416):               # no resuming: start again
                 file.truncate(0)
             response.raise_for_status()
@@ -635,7 +630,7 @@ def parts_of(settings, raw):
 
 def read_part(settings, raw, part, names):
     """Read and cut one part, in a process of its own."""
-    what, opened = settings["source"], [part, *names[:1]]
+    what, opened = settings["source"], names[:1]
     source, files, parser = SOURCES[what], open_zips(what, raw), globals()[what.split("_")[0]]
     recordings = files_of if source.rate else parser
     def read(name):
@@ -656,7 +651,7 @@ def read_all(settings, raw):
     import scipy.interpolate, scipy.signal         # once, before the processes are forked
     with ProcessPoolExecutor() as pool:
         for part, (own, own_rows, seconds) in zip(parts, pool.map(read, parts, parts.values())):
-            line = "; ".join([f"{part}: {len(own_rows)} windows", *said(seconds)])
+            line = f"{part}: {len(own_rows)} windows; {said(seconds)}"
             if said(seconds):
                 print(line, file=sys.stderr)
             windows += own
@@ -673,7 +668,8 @@ def read_all(settings, raw):
 
 def said(account):
     """What was left out, and what was mended, in words."""
-    return [f"{why} {seconds:.2f} s" for why, seconds in account.items() if seconds >= 0.01]
+    return "; ".join(f"{why} {seconds:.2f} s" for why, seconds in account.items()
+                     if seconds >= 0.01)
 
 def read_set(name, settings, raw):
     """A set, read from its archives or files: a Prepared."""
@@ -683,30 +679,31 @@ def read_set(name, settings, raw):
     classes = list(source.classes) or sorted({label for _, label in rows} - {""})
     users = np.array([names.index(user) for user, _ in rows])
     labels = np.array([classes.index(label) if label else -1 for _, label in rows])
-    hashes = [[hashlib.sha256(x).hexdigest()[:12] for x in windows[users == user]]
-              for user in range(len(names))]
+    hashes = np.array([hashlib.sha256(x).hexdigest()[:12] for x in windows])
     own = {"folder": name, "simulated": f"simulated-{settings.get('seed')}"}
-    given, default = settings.get("own_source"), own.get(what, what.split("_")[0])   # WISDM's: one
+    default = own.get(what, what.split("_")[0])                  # WISDM's two are one
     named = all(user.find("_") > 0 for user in names)
-    remarks = to_look_at(names, windows, users, hashes)
+    left, remarks = left_out(account), to_look_at(names, windows, users, hashes)
     if what == "folder":
         remarks += about_files(names, raw)
+    if mended := said(account - left):
+        remarks.append(mended)
     return Prepared(windows, users, labels, {
         "name": name, "rate": RATE, "seconds": source.seconds,
         "channels": CHANNELS[:windows.shape[1]], "users": names,
-        "sources": [given or (user.split("_")[0] if named else default) for user in names],
+        "sources": [settings.get("own_source") or (user.split("_")[0] if named else default)
+                    for user in names],
         "classes": classes, "windows": len(rows), "hours": len(rows) * source.seconds / 3600,
-        "left_out": left_out(account), "mended": account - Counter(left_out(account)),
-        "remarks": remarks,
-        "origin": "; ".join([source.text, *source.archives]),
+        "left_out": left, "remarks": remarks, "origin": "; ".join([source.text, *source.archives]),
         "test_users": [user for user in names if user in source.test_users] or None,
         # A recording that is most of two files is among the smallest hashes of both.
-        "checksums": [sorted({*own})[:64] for own in hashes], "settings": settings,
+        "checksums": [np.unique(hashes[users == user])[:64] for user in range(len(names))],
+        "settings": settings,
         "provenance": provenance(), "fingerprint": fingerprint(windows, users, labels)})
 
 def to_look_at(names, windows, users, hashes):
     """What to look at before anyone trains: sentences."""
-    found, owners = defaultdict(list), defaultdict(list)
+    found, owner = defaultdict(list), {}
     for user, name in enumerate(names):
         x = windows[users == user].astype(np.float32)                          # (n, C, T)
         moves = x.std(2) / SCALE[:x.shape[1], 0]
@@ -718,24 +715,24 @@ def to_look_at(names, windows, users, hashes):
             found["hardly moves: was it worn?"].append(name)
         if np.median(np.linalg.norm(x[:, :3].mean(2), axis=1)) < 0.5:
             found["gravity is missing, which encoders expect"].append(name)
-        for one in hashes[user]:
-            owners[one].append(name)
-    twice = {" and ".join(dict.fromkeys(who)) for who in owners.values() if len(who) > 1}
-    return [*(f"{what}: {', '.join(who)}" for what, who in found.items()),
-            *(f"the same recording twice: {who}: leave one out" for who in sorted(twice))]
+        for one in hashes[users == user]:
+            if one in owner:
+                found["the same recording twice, leave one out"].append(
+                    f"in {owner[one]} and in {name}")
+            owner[one] = name
+    return [f"{what}: {', '.join(dict.fromkeys(who))}" for what, who in found.items()]
 
 def about_files(names, raw):
     """Of own recordings: files that aren't read, and names that look like sessions of a person."""
-    files = sorted(path.name for path in Path(raw).glob("[!.~]*"))
-    others = [file for file in files if not re.search(SOURCES["folder"].members, file)]
+    others = sorted(path.name for path in Path(raw).glob("[!.~]*")
+                    if not re.search(SOURCES["folder"].members, path.name))
     remarks = [f"not read, no .csv or .npz: {', '.join(others)}"] * any(others)
-    stems = Counter(re.split(r"[-_. ]|(?<=\d)(?=[a-zA-Z])", name)[0] for name in names)
-    most, least = max(stems.values()), min(stems.values())
-    few = most < 8 or re.search(r"\d", "".join(stems))           # else these are sources of users
-    if len(stems) > 1 and least > 1 and few:
-        remarks.append(f"{len(stems)} sources with {most} users each, by the names of the files "
-                       f"({', '.join([*stems][:9])}). If these are sessions of a person, make them "
-                       "one file (t may start again), or they are trained on and tested")
+    stems = sorted({re.split(r"[-_. ]|(?<=\d)(?=[a-zA-Z])", name)[0] for name in names})
+    if 1 < len(stems) < len(names):
+        remarks.append(f"{len(stems)} sources with {len(names) / len(stems):.3g} users each, by "
+                       f"the names of the files ({', '.join(stems[:9])}). If these are sessions "
+                       "of a person, make them one file (t may start again), or they are trained "
+                       "on and tested")
     return remarks
 
 def prepare(name, settings, raw, force=False):
@@ -755,20 +752,19 @@ def prepare(name, settings, raw, force=False):
     target.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}.", dir="data") as work:
         made = Path(work) / "made"
-        made.mkdir()
+        write_json(made / "meta.json", meta)                     # makes the folder
         for part, array in zip(Prepared._fields, arrays):
             np.save(made / f"{part}.npy", array)
-        write_json(made / "meta.json", meta)
         if target.exists():
             target.rename(Path(work) / "replaced")
         made.rename(target)
     print(describe(name))
 
 # ---------------------------------------------------------------- load, pool, scale
-def load(name, root="data"):
+def load(name):
     """The prepared set `name`, or several as one ("a+b"). UserError if one is missing or damaged,
     or if they don't fit together."""
-    return functools.reduce(pooled, [load_one(part, root) for part in name.split("+")])
+    return functools.reduce(pooled, map(load_one, name.split("+")))
 
 def pooled(a, b):
     """Two sets as one: users side by side, classes by name."""
@@ -787,14 +783,14 @@ def pooled(a, b):
     return Prepared(*arrays, meta | {"name": name, "classes": classes, "test_users": None,
                                      "fingerprint": fingerprint(*arrays)})
 
-def load_one(name, root="data"):
-    folder = Path(root) / name
+def load_one(name):
+    folder = Path("data") / name
     require((folder / "meta.json").is_file(), f"{folder} is not prepared: see data.py --help")
     with contextlib.suppress(OSError, EOFError, ValueError, TypeError, LookupError):
         meta = json.loads((folder / "meta.json").read_text())
         arrays = [np.load(folder / f"{part}.npy", mmap_mode="r") for part in Prepared._fields[:3]]
         if fingerprint(*arrays) == meta["fingerprint"]:
-            older = {"checksums": [[]] * len(meta["users"]), "mended": {}, "remarks": []}
+            older = {"checksums": [[]] * len(meta["users"]), "remarks": []}
             return Prepared(*arrays, older | meta)
     raise UserError(f"{folder} is damaged or was changed; prepare the set again with --force")
 
@@ -853,10 +849,9 @@ def describe(name):
     size = f"{len(meta['users'])} users, {meta['hours']:.2f} hours, {meta['windows']} windows"
     counts = zip(*np.unique(labels, return_counts=True))
     classes = [f"{[*meta['classes'], 'no label'][label]} {n}" for label, n in counts]
-    left_out = [f"left out: {line}" for line in said(meta["left_out"])]
     return "\n  ".join([f"{name}: {size}, {len(meta['classes'])} classes; {meta['origin']}",
                         f"windows of each class: {', '.join(classes)}",
-                        *left_out, *said(meta["mended"]), *meta["remarks"]])
+                        f"left out: {said(meta['left_out']) or 'nothing'}", *meta["remarks"]])
 
 def overview():
     """A line for each data set."""
@@ -873,14 +868,11 @@ def plot(name):
     figure, rows = plt.subplots(len(kinds), squeeze=False, layout="constrained",
                                 figsize=(14, 1.5 * len(kinds) + 1))
     for label, ax in zip(kinds, rows.flat):
-        x = np.hstack(windows[evenly(np.flatnonzero(labels == label), 3)]).T   # (3 T, C)
-        curves = ax.plot(np.arange(len(x)) / meta["rate"], x, lw=0.8)
+        x = np.hstack(windows[evenly(np.flatnonzero(labels == label), 3)])     # (C, 3 T)
+        curves = ax.plot(np.arange(x.shape[1]) / RATE, x.T, lw=0.8)
         ax.set_title([*meta["classes"], "no label"][label], parse_math=False)
-    units = [f"{channel} ({SENSORS[channel[:-2]].unit})" for channel in meta["channels"]]
-    figure.legend(curves, units, loc="outside right upper", title="over seconds")
-    path = Path("data") / name / "plot.png"
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=90)
+    figure.legend(curves, meta["channels"], loc="outside right upper", title="g, rad/s over s")
+    figure.savefig(path := f"data/{name}/plot.png", dpi=90)
     print(f"{path} shows three windows of each class")
 
 FLAGS = {  # name: (default, range or choices, what it does: of one source, if it begins with one)
