@@ -430,7 +430,9 @@ def folder(user, names, read, settings):
     path = Path(names[0])
     fields = np.load(path) if path.suffix.lower() == ".npz" else read_csv(path)
     x = fields["signal"].astype(float)
-    t = fields["t"] if "t" in fields else np.arange(len(x)) / fields["rate"]
+    rate = 1 if "t" in fields else fields["rate"].item()
+    require(0 < rate <= 900, f"{path}: rate is {rate}, not from 5 to 900 Hz")
+    t = fields["t"] if "t" in fields else np.arange(len(x)) / rate
     segment = fields.get("segment", np.zeros(len(x)))
     label = fields.get("label", np.full(len(x), "")).astype(str)
     three_axes_each = x.shape[1] in range(3, len(CHANNELS) + 1, 3)
@@ -572,15 +574,18 @@ def simulated(user, names, read, settings, rate=40):
 # ---------------------------------------------------------------- prepare: fetch, read, write
 def download(url, path):
     """Fetch `url` to `path` through `path`.part; a transfer that was cut off is resumed."""
-    import requests
+    import requests, urllib3
     require("://" in url, f"{path} is missing and has no stable URL: download it by hand")
     print(f"fetching {url}", file=sys.stderr)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
+    retry = urllib3.Retry(4, backoff_factor=0.3, status_forcelist=[429, 500, 502, 503, 504])
+    session = requests.Session()
+    session.mount(url.split("//")[0] + "//", requests.adapters.HTTPAdapter(max_retries=retry))
     with open(part, "ab") as file:
         headers = {"Accept-Encoding": "identity", "Range": f"bytes={file.tell()}-"}
         try:
-            response = requests.get(url, headers=headers, stream=True, timeout=60)
+            response = session.get(url, headers=headers, stream=True, timeout=60)
             if response.status_code in (200, 416):               # no resuming: start again
                 file.truncate(0)
             response.raise_for_status()
