@@ -36,7 +36,8 @@ CHANNELS = [f"{name}_{axis}" for name in SENSORS for axis in "xyz"]
 SCALE = np.float32([[sensor.scale] for sensor in SENSORS.values() for _ in "xyz"])     # (C, 1)
 
 # Below the line: mean_step (seconds a row), in_order, no_reading (rows that can't be motion),
-# left_out (of an account), random_stream (a generator by name), require (or an error is said).
+# side_by_side (stretches of two clocks), left_out (of an account), random_stream (a generator by
+# name), require (or an error is said).
 # ---------------------------------------------------------------- stamps to a clock
 def clock(t):
     """Stamps t (n,) -> times (n,), seconds a row, and for each row why it is dropped, or "". Stamps
@@ -105,14 +106,6 @@ def resample(t, x, start, n):
     spline = scipy.interpolate.make_interp_spline(t, x, k=3 if even else 1)  # a cubic overshoots
     low_pass = scipy.signal.firwin(RATE * k + 1, 9, fs=RATE * k, window=("kaiser", 5.65))    # 60 dB
     return scipy.signal.resample_poly(spline(grid), 1, k, window=low_pass, padtype="antireflect")
-
-def side_by_side(parts):
-    """Stretches of one clock or two that were recorded together, in the order of the file."""
-    at = [0] * len(parts)
-    while all(map(operator.lt, at, map(len, parts))):
-        yield (pair := [own[i] for own, i in zip(parts, at)])
-        first = min(t[-1] for t, _ in pair)
-        at = [i + (t[-1] < first + GAP) for i, (t, _) in zip(at, pair)]
 
 def cut(recordings, length):
     """Recordings (user, label, streams), a stream (t, x) for each clock -> arrays of windows
@@ -339,6 +332,14 @@ def no_reading(x, sensor, step):
     low, high = sensor.rest
     at_rest = (low <= size[:, 0]) & (size[:, 0] <= high)
     return stuck | equal & ~at_rest | ~(size < LARGEST).all(1)
+
+def side_by_side(parts):
+    """Stretches of one clock or two that were recorded together, in the order of the file."""
+    at = [0] * len(parts)
+    while all(map(operator.lt, at, map(len, parts))):
+        yield (pair := [own[i] for own, i in zip(parts, at)])
+        first = min(t[-1] for t, _ in pair)
+        at = [i + (t[-1] < first + GAP) for i, (t, _) in zip(at, pair)]
 
 # ---------------------------------------------------------------- a parser for each format
 # A new corpus is a row of SOURCES and a parser (part, file names, a function from file name to

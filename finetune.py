@@ -11,8 +11,9 @@ Modes: `probe` fits a logistic regression on the features; `tune` then trains en
 `scratch` does so from random weights (what the labels alone can do); `random` is the probe of
 random weights (what the architecture alone can do).
 
-Every split is by user. In each fold a fifth of the training users are validation users: they choose
-the penalty of a probe (then fitted to all training users), and which epoch of a network is kept.
+Splits are by user (but see --split). In each fold a fifth of the training users are validation
+users: they choose the penalty of a probe (then fitted to all training users), and which epoch of a
+network is kept.
 
     python finetune.py runs/first --data ucihar --mode tune
     python finetune.py runs/pool/* --data wisdm_watch                 # a probe of each run
@@ -44,14 +45,14 @@ def split_rows(rows, groups, chosen):
     return rows[~inside], rows[inside]
 
 def five_folds(rows, groups, name):
-    """[(train, test), ...]: the rows split 5 times; each group is in one test."""
+    """[(train, test), ...]: the rows split up to 5 times; each group is in one test."""
     order = random_stream(name).permutation(np.unique(groups[rows]))
     return [split_rows(rows, groups, order[k::5]) for k in range(min(5, len(order)))]
 
 def user_folds(meta, users, seen):
     """Windows for training and for testing, [(train, test), ...], nobody on both sides. Who is
     tested: the official test users of the set; else, if the encoder has `seen` people of this set,
-    the held-out ones that are new to it (if none, all that are); else everyone, in 5 folds."""
+    the held-out ones that are new to it (or else all new ones); else everyone, in 5 folds."""
     rows = np.arange(len(users))
     official = [meta["users"].index(name) for name in meta["test_users"] or []]
     unseen = {*users} - {*seen}
@@ -202,7 +203,7 @@ def summarise(folds):
     return result
 
 def draw_confusion(path, result):
-    """Of the windows of each true class, a row, the percentage of each prediction."""
+    """A row for each true class: the percentage of its windows that have each prediction."""
     from matplotlib.figure import Figure
     counts, names = np.array(result["confusion"]), result["classes"]
     percent = 100 * counts / counts.sum(1, keepdims=True).clip(1)
@@ -276,7 +277,7 @@ def folds_of(run, trained_on, flags, meta, users):
     return few_users(folds, users, flags.label_users) if flags.label_users else folds
 
 def result_name(flags):
-    """Only plain DATA-probe enters the table of a grid."""
+    """The name of a result's file: plain DATA-probe alone enters the table of a grid."""
     sensor = f"-{flags.sensors}" if flags.sensors in SENSORS else ""
     few = f"-u{flags.label_users}" if flags.label_users else ""
     return f"{flags.data}-{flags.mode}{sensor}{few}{'-window' if flags.split == 'window' else ''}"
@@ -289,6 +290,8 @@ def score_run(run, flags, prepared):
     pretrained = config["flags"].get("sensors", "both")
     sensors = flags.sensors or pretrained
     numbers = sensor_numbers(run, pretrained, sensors)
+    require(prepared.windows.shape[2] >= config["model"]["patch"],
+            f"{flags.data} has windows that are shorter than a patch of {run}: take another run")
     users = prepared.users[rows]
     names = np.array(meta["users"])[users]
     if flags.split == "window":                        # as if anyone had recorded each window

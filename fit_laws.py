@@ -123,7 +123,7 @@ def numbered(*columns):                                # (n,): the number of eac
     return np.unique(columns, axis=1, return_inverse=True)[1].ravel()
 
 def merged(values):
-    """Values (n,), each replaced by the smallest of those that it is within 5 % of."""
+    """Values (n,), each replaced by the smallest of its group: all within 5 % of that."""
     found, place = np.unique(values, return_inverse=True)
     for i in range(1, len(found)):
         if found[i] < 1.05 * found[i - 1]:
@@ -262,7 +262,7 @@ def collect(folder, out):
     return out / "results.csv"
 
 def read_grid(path):
-    """The columns of a results.csv. hours_per_user: its mean at each cap; equal_hours: see there;
+    """The columns of a results.csv. hours_per_user: near a cap, the mean; equal_hours: see there;
     people: their losses (n, people)."""
     table = read_csv(path, NEEDED)
     names, each = table.get("name", ()), table["hours_per_user"]
@@ -297,7 +297,7 @@ def grid_ranges(table):
 
 def grid_study(table):
     """laws[0] of a grid: with the fits without each seed, and without the runs where one setting
-    is largest. Of two models, whose sizes make no law, it is that of the one with most runs."""
+    is largest. Two sizes make no law: then it is that of the model with most runs."""
     if len({*table["params_encoder"]}) == 2:
         table = main_model(table)
     law = Law(grid_law, grid_ranges(table), 1e9)
@@ -489,15 +489,16 @@ def recommend(path, a):
     """The best plan for a budget; for a plan the model, the loss, whom to record next."""
     first, verdicts = read_law(path)
     users, each = a.users, a.hours_per_user
-    require(first["name"] == "grid" and (users and each or a.hours and (a.setup or 1e9) < a.hours),
+    plan, budget = users and each, a.hours and (a.setup or 1e9) < a.hours
+    require(first["name"] == "grid" and bool(plan) != bool(budget),
             "--recommend takes a grid's laws.json, and --users and --hours-per-user, or --hours "
             "and a smaller --setup")
-    if a.hours:                                        # users (H + setup) = hours
+    if budget:                                         # users (H + setup) = hours
         require("h" in first["parameters"], f"{path}: a budget takes a grid of two recording times")
         each = math.sqrt(first["parameters"]["h"] * a.setup)                   # largest N
         users = max(1, math.floor(a.hours / (each + a.setup)))
         each = a.hours / users - a.setup
-        print(f"{users} people, {duration(each)} of each, if one's hours run out as in this law.")
+        print(f"{users} people, {duration(each)} of each, if one's hours saturate as in this law.")
     names, sizes = zip(*sorted(first["models"].items(), key=lambda model: model[1]))
     plan = {"users": users, "hours_per_user": each, "params_encoder": np.array(sizes)}
     losses, band = expected(first, plan)
@@ -521,7 +522,7 @@ def duration(hours):
 
 # ---------------------------------------------------------------- verdicts
 def verdict(question, yes, no, value, ci95, margin=None, needs="more seeds or users", **more):
-    """Holds if its margin, by default the interval, is above 0; fails if that is below."""
+    """Holds if its margin (by default the interval) is all above 0; fails if all below."""
     low, high = margin or ci95 or (0, 0)
     needs = needs if margin or ci95 else "three seeds that have runs to compare"
     decision, answer = "can't tell here", f"Not decided by this grid: it needs {needs}."
@@ -565,7 +566,7 @@ def users_or_hours(table):
 def power_law(held):
     """Is the law better than both straight lines where users are held out, or worse than both? By
     a quarter of the error (rms): noise alone makes smaller differences."""
-    margin, said, needs = [0, 0], "", "four numbers of users"
+    margin, said, needs = [0, 0], "", "a law, and six runs at the most people"
     if held and held["n"] > 5:                         # fewer decide nothing
         law = held["rms_relative_error"]
         lines = sorted(error["rms_relative_error"] for who, error in held["forecasters"].items()
@@ -643,7 +644,8 @@ def screen(table, first, verdicts, drawn, out):
     for name in [*drawn][:1]:
         print(f"Open {out / name}.png; numbers and intervals are in {out / 'laws.json'}.")
     advice = f"python fit_laws.py {out / 'laws.json'} --recommend --hours 20 --setup 0.5"
-    print(f"Next: {advice if first['fits'] else 'the same grid with more USERS and HOURS'}")
+    more = "the same grid with more USERS and HOURS"
+    print("Next:", advice if "h" in (first["parameters"] or {}) else more)
 
 # ---------------------------------------------------------------- figures
 def new_axes(title, xlabel, ylabel):
@@ -653,8 +655,8 @@ def new_axes(title, xlabel, ylabel):
     return ax
 
 def curves(title, xlabel, x, table, labels, fits):
-    """Means over seeds with their error against x, a colour and a curve of the law for each label
-    that has two points; open where --steps ended a run."""
+    """Means over seeds with their error against x, a colour and a curve of the law (without one, a
+    line) for each label that has two points; open where --steps ended a run."""
     from matplotlib import colormaps, ticker
     labels = np.array([*labels])
     kinds = dict.fromkeys(labels[np.argsort(table["hours"], kind="stable")])
@@ -665,14 +667,14 @@ def curves(title, xlabel, x, table, labels, fits):
     ax.set(xscale="log", yscale="log")
     for i, kind in enumerate(kinds):
         colour, line = colormaps["viridis"](.9 * i / len(kinds)), take(table, labels == kind)
-        places, first = np.unique(line[x], return_index=True)
+        places, at = np.unique(line[x], return_index=True)
         cells = [take(line, line[x] == place) for place in places]
         means = np.array([cell["loss"].mean() for cell in cells])
         errors = [cell["loss"].std() / max(len(cell["loss"]) - 1, 1) ** .5 for cell in cells]
         ax.errorbar(places, means, errors, fmt="o", color=colour)
         capped = [np.isin(cell.get("converged"), ["False", "FALSE"]).any() for cell in cells]
         ax.plot(places[capped], means[capped], "o", color=colour, markerfacecolor="white")
-        law = grid_law(take(line, first), **fits[0]) if fits else means
+        law = grid_law(take(line, at), **fits[0]) if fits else means
         ax.plot(places, law, color=colour, label=kind)
     ax.set_xticks(np.unique(table[x]))
     ax.yaxis.set_major_locator(ticker.MaxNLocator(7))
@@ -683,7 +685,7 @@ def curves(title, xlabel, x, table, labels, fits):
 
 def errors_figure(held_out, noise):
     """Errors of the law and of the forecasters, a colour for each setting that was held out."""
-    ax = new_axes("The largest, predicted from all other runs", "error of the loss (rms, %)", "")
+    ax = new_axes("Largest setting, predicted from the rest", "error of the loss (rms, %)", "")
     for x, errors in held_out.items():
         error = {who: 100 * one["rms_relative_error"] for who, one in each_of(errors).items()}
         ax.plot([*error.values()], [*error], "o", label=x)

@@ -56,7 +56,7 @@ def draw_masks(B, N, mask_ratio, generator=None):
 
 def rotary(time, head_width):
     """Rotations exp(i w time), time (B, K) in patches: complex (B, 1, K, Dh/2). w falls from pi rad
-    a patch, the fastest that patches resolve, to about pi / 100 (Su et al., arXiv 2104.09864)."""
+    a patch, the fastest that patches resolve, towards pi / 100 (Su et al., arXiv 2104.09864)."""
     pairs = head_width // 2
     w = math.pi * 100.0 ** -(torch.arange(pairs, device=time.device) / pairs)
     angle = time[:, None, :, None] * w
@@ -122,7 +122,7 @@ class MAE(nn.Module):
 
     target: what is predicted. "raw": the signal; "window": each channel less its mean over the
     window, divided by its deviation (He et al. 2021, section 4.1, do this for each patch).
-    decoder_depth: 0 for an encoder alone. pretrain.py sets arguments named as its flags."""
+    decoder_depth: 0 for an encoder alone. pretrain.py passes on its flags of the same names."""
     def __init__(self, width, depth, heads, patch=5, sensors=2, target="raw", decoder_depth=1):
         super().__init__()
         self.patch, self.sensors, self.target = patch, sensors, target
@@ -141,7 +141,8 @@ class MAE(nn.Module):
         nn.init.normal_(self.mask_token.weight, std=0.02)
 
     def states(self, tokens, index, G):
-        """Tokens (B, K, 3P) at index (B, K) -> [(B, K, D), ...]: into block 1, out of each."""
+        """Tokens (B, K, 3P) at index (B, K) -> [(B, K, D), ...]: the input of block 1, then
+        each block's output."""
         states = [self.embed(tokens) + self.sensor(index // G)]
         rotation = rotary(index % G, self.head_width)
         for block in self.blocks:
@@ -199,8 +200,8 @@ class MAE(nn.Module):
 
     def features(self, x, sensors=None):
         """Windows (B, C, T), of any length T -> (B, S, G, 2D) of all patches, none masked: the last
-        block's input beside its output, which alone suits reconstruction.
-        sensors: which sensors of the model those of x are, by number; default: all."""
+        block's input beside its output: the output alone suits reconstruction.
+        sensors: the model's numbers of the sensors in x; default: all."""
         tokens = patchify(x, self.patch)
         B, S, G, _ = tokens.shape
         numbers = range(self.sensors) if sensors is None else sensors

@@ -29,8 +29,8 @@ HeldOut = namedtuple("HeldOut", "x keep masked person people half")            #
 
 # ---------------------------------------------------------------- what a cell sees
 def masks_for(x, flags, *key):
-    """Masks for windows x (B, C, T), drawn from `key` alone: keep (B, K) and masked (B, M). Called
-    by batch_at, where another way to mask in training belongs, and by held_out."""
+    """Masks for windows x (B, C, T), drawn from `key` alone: keep (B, K) and masked (B, M), in
+    training and in held_out: another way to mask in training alone belongs in batch_at."""
     seed = int(random_stream(*key).integers(2 ** 62))            # NumPy seeds torch
     tokens = x.shape[1] // 3 * (x.shape[2] // flags.patch)       # sensors x patches
     return draw_masks(len(x), tokens, flags.mask_ratio, torch.Generator().manual_seed(seed))
@@ -90,7 +90,7 @@ def build_optimizers(model, lr, weight_decay):
             torch.optim.AdamW(rest, 0.3 * lr, betas=(0.9, 0.95), weight_decay=weight_decay)]
 
 def schedule(step, tau, decay):
-    """Share of the peak learning rate at `step`: linear warm-up, then (1 + t / tau)^-decay."""
+    """Share of the peak learning rate at `step`: linear warm-up times (1 + step / tau)^-decay."""
     return min(1, (step + 1) / 50) * (1 + step / tau) ** -decay
 
 @torch.no_grad()
@@ -129,7 +129,7 @@ def train(state, prepared, rows, held, flags):
             optimizer.zero_grad()
         state.step += 1
         update_average(state.average, state.model, state.step, gamma=flags.average)
-        state.train_loss = state.train_loss + loss.detach()      # may come from another device
+        state.train_loss = state.train_loss + loss.detach()      # it was on the CPU, if resumed
         state.seconds = time.monotonic() - began
         if is_evaluated(state.step) or state.step == flags.steps:
             record(state, held, flags)
@@ -138,7 +138,7 @@ def train(state, prepared, rows, held, flags):
 # ---------------------------------------------------------------- the held-out loss, and the end
 @torch.no_grad()
 def evaluate(loss_of, held):
-    """The mean loss of each held-out person, (people,). loss_of: a model, or as MAE.forward."""
+    """The mean loss of each held-out person, (people,). loss_of: as MAE.forward."""
     chunks = zip(*[part.split(64) for part in held[:3]])                       # x, keep, masked
     losses = torch.cat([loss_of(*chunk) for chunk in chunks]).cpu().double().numpy()
     return np.bincount(held.person, losses) / np.bincount(held.person)
@@ -151,25 +151,25 @@ def best_step(history):
     return min(history, key=lambda line: line["loss"])["step"]
 
 def has_converged(history, patience):
-    """Whether the held-out loss hasn't improved in the last `patience` (a share; 0: never) of the
-    steps. Not before 300: many cells learn nothing new for about 200 steps, then go on."""
+    """Whether the held-out loss hasn't improved in the last share `patience` of the steps (0: it
+    never ends). Not before 300: many cells learn nothing new for about 200 steps, then go on."""
     step = history[-1]["step"] if history else 0
     return step >= 300 and patience > 0 and best_step(history) <= (1 - patience) * step
 
 def cross_fitted(history, half):
     """Each held-out person's loss (people,), at the evaluation that is best for the *other* half:
-    at their own best it would be too low, the luckiest of many."""
+    at their own best, the luckiest of many, it would be too low. half (people,): True in half b."""
     losses = np.array([line["people"] for line in history])              # (evaluations, people)
     best_of_0, best_of_1 = (losses[:, half == h].mean(1).argmin() for h in (0, 1))
     return np.where(half, losses[best_of_0], losses[best_of_1])
 
 # ---- from here on: files, flags, figures
-SAVE_EVERY = 10          # seconds: what a kill of any kind costs at most
+SAVE_EVERY = 10          # seconds: about what a kill of any kind costs
 COUNT, AMOUNT, SHARE = number(int, 1), number(float, 0), number(float, 0, 1)
 FLAGS = {                # name: (default, range or choices, what it does)
     "data": ("simulated", str, "prepared set, or several pooled: a+b+c"),
     "users": (None, COUNT, "training users; without it, all who aren't held out"),
-    "hours_per_user": (None, number(float, 0.0027), "at most so many of each; without it, all"),
+    "hours_per_user": (None, number(float, 0.0027), "at most so many of each, 10 s or more"),
     "sensors": ("both", SENSOR_CHOICES, "both, or one (half the tokens)"),
     "width": (64, COUNT, "parameters and time grow with its square"),
     "depth": (3, COUNT, "blocks of the encoder"),
