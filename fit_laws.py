@@ -454,7 +454,7 @@ def expected(first, table):
     if ends is None:
         return np.exp(whole), None
     free = max(1, first["n"] - len(fits[0]))
-    scatter = student.ppf(.975, free) * math.sqrt(np.mean(off ** 2) * first["n"] / free)
+    scatter = student.ppf(.975, free) * rms(off) * math.sqrt(first["n"] / free)
     return np.exp(whole), np.exp(whole + np.hypot(ends - whole, scatter) * [[-1], [1]])
 
 def predict(path, cells, out):
@@ -489,8 +489,8 @@ def recommend(path, a):
     """The best plan for a budget; for a plan the model, the loss, whom to record next."""
     first, verdicts = read_law(path)
     users, each = a.users, a.hours_per_user
-    plan, budget = users and each, a.hours and (a.setup or 1e9) < a.hours
-    require(first["name"] == "grid" and bool(plan) != bool(budget),
+    budget = bool(a.hours) and (a.setup or math.inf) < a.hours
+    require(first["name"] == "grid" and budget != bool(users and each),
             "--recommend takes a grid's laws.json, and --users and --hours-per-user, or --hours "
             "and a smaller --setup")
     if budget:                                         # users (H + setup) = hours

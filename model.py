@@ -141,8 +141,7 @@ class MAE(nn.Module):
         nn.init.normal_(self.mask_token.weight, std=0.02)
 
     def states(self, tokens, index, G):
-        """Tokens (B, K, 3P) at index (B, K) -> [(B, K, D), ...]: the input of block 1, then
-        each block's output."""
+        """Tokens (B, K, 3P) at index (B, K) -> [(B, K, D), ...], before block 1 and after each."""
         states = [self.embed(tokens) + self.sensor(index // G)]
         rotation = rotary(index % G, self.head_width)
         for block in self.blocks:

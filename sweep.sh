@@ -64,7 +64,8 @@ work() {         # on a cell, in a shell of its own; say a line
     local log=$OUT/$1/log.txt how=done line
     mkdir -p "$OUT/$1" && eval "$(command_of "$1") --threads $threads" >> "$log" 2>&1 || how=failed
     line=$(tail -n 1 "$log"); echo "$how: $(command_of "$1")" >> "$log"
-    [ $how = done ] && echo "$1 ${line%%,*}" || echo "$1 FAILED, see $log: $line"
+    [ $how = done ] && line=${line%%,*} || line="FAILED, see $log: $line"
+    echo "$1 $line"
 }
 cost() {         # of all cells, from 15 steps of each model; a start takes 3 s
     local try m cell; try=$(mktemp -d)

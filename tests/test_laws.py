@@ -173,7 +173,8 @@ def test_a_prediction_and_its_outcome_stand_beside_the_forecasters(fitted, run):
         assert median == pytest.approx(np.median(abs(error)))
 
 def test_the_last_ratio_goes_on():
-    rest = {"users": np.array([3., 6, 12, 12.1]), "size": np.ones(4), "loss": np.array([9., 8, 3, 5])}
+    users, loss = np.array([3., 6, 12, 12.1]), np.array([9., 8, 3, 5])
+    rest = {"users": users, "size": np.ones(4), "loss": loss}
     row = {"users": np.array([24., 48]), "size": np.array([1, 1.])}
     found = fit_laws.forecasts(rest, row, "loss", ("users", "size"), "users")["last ratio"]
     np.testing.assert_allclose(found, [2, 1])
