@@ -673,7 +673,8 @@ def curves(title, xlabel, x, table, labels, fits):
         errors = [cell["loss"].std() / max(len(cell["loss"]) - 1, 1) ** .5 for cell in cells]
         ax.errorbar(places, means, errors, fmt="o", color=colour)
         capped = [np.isin(cell.get("converged"), ["False", "FALSE"]).any() for cell in cells]
-        ax.plot(places[capped], means[capped], "o", color=colour, markerfacecolor="white")
+        ax.plot(places[capped], means[capped], "o", color=colour, markerfacecolor="white",
+                zorder=3)                              # above the points of errorbar
         law = grid_law(take(line, at), **fits[0]) if fits else means
         ax.plot(places, law, color=colour, label=kind)
     ax.set_xticks(np.unique(table[x]))
