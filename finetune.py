@@ -240,12 +240,13 @@ def random_model(config, mode):
             block.down.reset_parameters()
     return model
 
-def sensor_numbers(run, pretrained, wanted):
-    """Which sensors of a model that was pre-trained on `pretrained` read those `wanted`."""
-    require(pretrained in ("both", wanted), f"{run} was pre-trained with --sensors {pretrained}: "
-            "leave --sensors away, or give the same")
-    chosen = [number for number, name in enumerate(SENSORS) if wanted in ("both", name)]
-    return chosen if pretrained == "both" else [0]
+def sensor_numbers(run, pretrained, wanted, count):
+    """Which of a model's `count` sensors, pre-trained on `pretrained`, read those `wanted`."""
+    names = [*SENSORS][:count] if pretrained == "both" else [pretrained]
+    chosen = [number for number, name in enumerate(names) if wanted in ("both", name)]
+    require(chosen and pretrained in ("both", wanted), f"{run} was pre-trained with --sensors "
+            f"{pretrained}: leave --sensors away, or give the same")
+    return chosen
 
 FLAGS = {                # name: (default, range or choices, what it does)
     "data": ("simulated", str, "a prepared set with labels"),
@@ -289,7 +290,7 @@ def score_run(run, flags, prepared):
     require(len(rows), f"{flags.data} has no labels, only --data with labels can be used here")
     pretrained = config["flags"].get("sensors", "both")
     sensors = flags.sensors or pretrained
-    numbers = sensor_numbers(run, pretrained, sensors)
+    numbers = sensor_numbers(run, pretrained, sensors, config["model"]["sensors"])
     require(prepared.windows.shape[2] >= config["model"]["patch"],
             f"{flags.data} has windows that are shorter than a patch of {run}: take another run")
     users = prepared.users[rows]
@@ -298,18 +299,17 @@ def score_run(run, flags, prepared):
         users = random_stream("windows").permutation(users)
     folds = folds_of(run, config["trained_on"], flags, meta, users)
     weights = b"".join(w.numpy().tobytes() for w in trained.state_dict().values())
-    made_of = {"data": flags.data, "mode": flags.mode, "fingerprint": meta["fingerprint"],
-               "sensors": sensors,
-               "weights": hashlib.sha256(weights).hexdigest(),
-               "patience": flags.patience if flags.mode in LEARNING_RATE else None}
+    made_of = {name: getattr(flags, name) for name in FLAGS if name != "device"}
+    made_of |= {"sensors": sensors, "fingerprint": meta["fingerprint"],
+                "weights": hashlib.sha256(weights).hexdigest()}
     path = run / "finetune" / f"{result_name(flags)}.json"
     result = read_json(path) if path.exists() else {}
     if made_of.items() <= result.items():
         return result
-    x = torch.from_numpy(windows_at(prepared, rows, sensors))                  # (n, C, T)
+    x = torch.from_numpy(windows_at(prepared, rows, sensors)[:, :3 * len(numbers)])    # (n, C, T)
     y, classes = torch.from_numpy(prepared.labels[rows]).long(), meta["classes"]
-    model = trained if flags.mode in ("probe", "tune") else random_model(config, flags.mode)
-    encoder = Encoder(model.to(choose_device(flags.device)), numbers)
+    model = random_model(config, flags.mode) if flags.mode in ("scratch", "random") else trained
+    encoder = Encoder(model.to(choose_device(flags.device)), numbers[:x.shape[1] // 3])
     scored = score_folds(encoder, x, y, len(classes), users, names, folds, flags)
     result = {**summarise(scored), **made_of, "classes": classes, "provenance": provenance()}
     draw_confusion(path.with_suffix(".png"), result)

@@ -52,9 +52,8 @@ def held_out(prepared, flags, device="cpu"):
     x = windows_at(prepared, rows, flags.sensors)
     batch = torch.from_numpy(x), *masks_for(x, flags, "held-out masks")
     person = np.array([users.index(user) for user in prepared.users[rows]])
-    everyone = people(prepared.meta, users)
-    half = np.isin(users, half_b)
-    return HeldOut(*[part.to(device) for part in batch], person, everyone, half)
+    return HeldOut(*[part.to(device) for part in batch], person, people(prepared.meta, users),
+                   half=np.isin(users, half_b))
 
 # ---------------------------------------------------------------- optimisers, schedule, average
 def orthogonal(x):
@@ -260,7 +259,9 @@ def resume(run, state, config):
         return
     before = read_json(run / "config.json")
     check_same_run(run, before, config)
-    config["provenance"] = before["provenance"]        # of the code that began it
+    if before["provenance"] != config["provenance"]:
+        print(f"note: {run} was begun by other code or versions: {before['provenance']}")
+    config["provenance"] = before["provenance"]
     parts = {name: part for name, part in vars(state).items() if hasattr(part, "load_state_dict")}
     vars(state).update(load_checkpoint(run, **parts) | parts)
 

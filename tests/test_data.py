@@ -454,7 +454,8 @@ def test_windows_are_scaled_without_an_offset_and_rotated_as_a_whole():
     refuses("--sensors both", data.windows_at, three, [0], "both")
     prepare("simulated")
     refuses("channels.* differ", data.load, "simulated+three")
-    x = data.windows_at(three._replace(windows=ones, meta={"channels": data.CHANNELS}), [0], "both")
+    six = {"channels": data.CHANNELS[:6]}
+    x = data.windows_at(three._replace(windows=ones, meta=six), [0], "both")
     assert x.dtype == np.float32 and x[0, :, 3] == pytest.approx([1 / 0.7] * 3 + [1 / 1.05] * 3)
     x[:, 3:] = x[:, :3]
     turned = data.random_rotation(x, 1.0, np.random.default_rng(0))

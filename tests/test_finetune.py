@@ -153,7 +153,7 @@ def test_the_sensors_of_a_run_reach_its_probes(run, refused):
         refused(f"finetune.py runs/acc --data shakes --sensors {sensors}", "--sensors acc")
     assert run("finetune.py runs/a --data shakes --sensors gyro")[0] == 0      # of two sensors
     assert result("shakes-probe-gyro")["sensors"] == "gyro"
-    assert finetune.sensor_numbers("a run", "both", "gyro") == [1]
+    assert finetune.sensor_numbers("a run", "both", "gyro", count=2) == [1]
 
 def test_many_runs_are_probed_in_one_process_until_one_is_not_finished(run):
     for name in ("one", "two", "cut-off"):
