@@ -78,6 +78,16 @@ def test_the_quarter_of_an_hour_on_real_people_has_the_losses_of_its_table():
         losses = [float(row["loss"]) for row in table("real/results.csv") if row["users"] == users]
         assert len(losses) == 5 and rounded(np.mean(losses), loss), (users, losses)
 
+def test_what_carries_over_from_walking_has_the_means_of_its_table():
+    rows = table("walk/downstream.csv")
+    for people, name in ("8 people", "u8"), ("128 people", "u128"), ("nobody .*?", "random"):
+        quoted = re.search(rf"\| {people} \|.*", TEXTS["results/walk/result.md"])[0]
+        scores = re.findall(r"\.\d{3}\b", quoted)[-3:]
+        for score, column in zip(scores, ("ucihar", "wisdm_phone", "wisdm_watch"), strict=True):
+            found = [float(row[f"{column}_macro_f1"]) for row in rows
+                     if row["name"].startswith(name)]
+            assert rounded(np.mean(found), score), (people, column, found)
+
 def test_the_advice_page_has_the_rows_that_its_command_prints():
     rows = [*advice.rows("experiment"), *advice.rows("walk")]
     assert "\n".join(rows) in TEXTS["results/advice.md"]
