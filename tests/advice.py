@@ -1,5 +1,5 @@
-"""Is the advice right? Among measured cells of about equal cost U (H + o), for U people, H seconds of
-each and o seconds of set-up a person: does the lowest loss stand near H = sqrt(h o)?
+"""Is the advice right? Among measured cells of about equal cost U (H + o), for U people, H seconds
+of each and o seconds of set-up a person: does the lowest loss stand near H = sqrt(h o)?
 
     python tests/advice.py experiment walk          # rows of the table in results/advice.md
 """

@@ -1,5 +1,5 @@
-"""Are the intervals right? Grids simulated from four known laws, at the rows of the real grid and with
-its noise, go through fit_laws.py: how often does an interval hold the truth, what is claimed?
+"""Are the intervals right? Grids simulated from four known laws, at the rows of the real grid and
+with its noise, go through fit_laws.py: how often does an interval hold the truth, what is claimed?
 
     python tests/coverage.py results/coverage.md --grids 200        # half an hour of a core
 
