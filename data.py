@@ -464,7 +464,7 @@ def read_csv(path):
                         strict=True)
     header = [column.strip().lower() for column in next(reader)]
     first, *others = (sensor.columns for sensor in SENSORS.values())
-    given = sum(itertools.takewhile({*header}.intersection, others), [])       # in this order
+    given = sum(itertools.takewhile({*header}.intersection, others), [])       # up to a missing one
     columns = [header.index(name) for name in ["t", *first, *given]]
     table, labels = [], []
     for row in reader:
