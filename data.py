@@ -306,7 +306,11 @@ def random_stream(*key):
 # ---------------------------------------------------------------- stamps and rows that can't be
 def mean_step(t):
     """Mean seconds a row of stamps t (n,), over lags of 256 rows; lags far from their median, as of
-    gaps and leaps, don't count."""
+    gaps, don't count. Leaps of over 2 s, as between short recordings (not bursts), are closed."""
+    steps = np.diff(t)
+    leaps = np.abs(steps) > 2
+    if 0 < leaps.sum() < 0.02 * len(t) and (usual := steps[~leaps].mean()) > 0.001:
+        t = np.cumsum(np.where(leaps, usual, steps))
     lag = max(1, min(256, len(t) // 4))
     lags = t[lag:] - t[:-lag]
     typical = np.median(lags)
@@ -431,8 +435,8 @@ def folder(user, names, read, settings):
     path = Path(names[0])
     fields = np.load(path) if path.suffix.lower() == ".npz" else read_csv(path)
     x = fields["signal"].astype(float)
-    rate = 1 if "t" in fields else fields["rate"].item()
-    require(0 < rate <= 900, f"{path}: rate is {rate}, not from 5 to 900 Hz")
+    rate = 5 if "t" in fields else fields["rate"].item()
+    require(5 <= rate <= 900, f"{path}: rate is {rate}, not from 5 to 900 Hz")
     t = fields["t"] if "t" in fields else np.arange(len(x)) / rate
     segment = fields.get("segment", np.zeros(len(x)))
     label = fields.get("label", np.full(len(x), "")).astype(str)
@@ -440,11 +444,11 @@ def folder(user, names, read, settings):
     if not (three_axes_each and segment.shape == label.shape == t.shape):
         raise ValueError(f"signal {x.shape}, segment {segment.shape}, label {label.shape}")
     order = in_order(t)
-    step = mean_step(t[order])
-    unit = [unit for unit, second in TIME_UNITS.items() if 0.0011 < step * second < 0.201]
-    require(unit, f"{path}: t grows by {step:.3g} a row, in none of {[*TIME_UNITS]} 5 to 900 Hz")
-    second, spelled = TIME_UNITS[unit[0]], one_spelling(label)
-    mended = {f"t read as {unit[0]}, {1 / step / second:.4g} rows a second": second != 1,
+    steps = {unit: mean_step(t[order] * second) for unit, second in TIME_UNITS.items()}
+    unit = next((unit for unit, step in steps.items() if 0.0011 < step < 0.201), None)
+    require(unit, f"{path}: t grows by {steps['s']:.3g} a row, in none of {[*steps]} 5 to 900 Hz")
+    second, spelled = TIME_UNITS[unit], one_spelling(label)
+    mended = {f"t read as {unit}, {1 / steps[unit]:.4g} rows a second": unit != "s",
               "rows out of order, sorted": np.any(np.diff(order) < 0),
               "other spellings of a label": np.any((spelled != label) & (spelled != ""))}
     for what, happened in mended.items():
@@ -465,11 +469,13 @@ def read_csv(path):
     header = [column.strip().lower() for column in next(reader)]
     first, *others = (sensor.columns for sensor in SENSORS.values())
     given = sum(itertools.takewhile({*header}.intersection, others), [])       # up to a missing one
-    columns = [header.index(name) for name in ["t", *first, *given]]
+    names = ["t", *first, *given]
+    columns = [header.index(name) for name in names]
+    require(sum(map(header.count, names)) == len(names), f"{path} has a column twice: {header}")
     table, labels = [], []
     for row in reader:
-        if not any(map(str.strip, row)):
-            continue
+        if not any(map(str.strip, row)) or [name.strip().lower() for name in row] == header:
+            continue                               # empty, or the header of a file appended to this
         where = f"{path}, row {reader.line_num}"
         require(len(row) == len(header),
                 f"{where}: {len(row)} fields for {len(header)} of the header")
@@ -501,7 +507,7 @@ def one_spelling(label):
 def in_units(path, x, settings):
     """Readings x (n, C) to g and rad/s. UserError if they weren't in the unit that was given."""
     full = np.isfinite(x).all(1)
-    require(full.mean() > 0.5, f"{path}: most rows have an empty or "
+    require(full.mean() > 0.4, f"{path}: most rows have an empty or "
             "unreadable field: join the sensors' rows by time, or leave a sensor's columns out")
     for (name, sensor), axes in zip(SENSORS.items(), np.split(x, x.shape[1] // 3, axis=1)):
         unit = settings[f"{name}_unit"]
@@ -510,7 +516,7 @@ def in_units(path, x, settings):
         high = np.quantile(size[full], 0.9)
         require(high < sensor.usual and (high >= sensor.rest[0] or unit == sensor.unit),
                 f"{path}: {name} is {high:.2g} {sensor.unit}, and nine rows in ten are below; at "
-                f"rest it is {sensor.rest}, with gravity if it has any: check --{name}-unit")
+                f"rest it is {sensor.rest} (acc without gravity: convert it): check --{name}-unit")
     return x
 
 # ---------------------------------------------------------------- a simulated population
@@ -720,7 +726,7 @@ def to_look_at(names, windows, users, hashes):
         if np.sqrt(np.mean(moves ** 2)) < 0.05:
             found["hardly moves: was it worn?"].append(name)
         if np.median(np.linalg.norm(x[:, :3].mean(2), axis=1)) < 0.5:
-            found["gravity is missing, which encoders expect"].append(name)
+            found["gravity is missing, which encoders expect (and is it in g?)"].append(name)
         for one in hashes[users == user]:
             if one in owner:
                 found["the same recording twice, leave one out"].append(
@@ -856,7 +862,8 @@ def describe(name):
     counts = zip(*np.unique(labels, return_counts=True))
     classes = [f"{[*meta['classes'], 'no label'][label]} {n}" for label, n in counts]
     return "\n  ".join([f"{name}: {size}, {len(meta['classes'])} classes; {meta['origin']}",
-                        f"windows of each class: {', '.join(classes)}",
+                        f"{len(meta['channels'])} channels; windows of each class: "
+                        f"{', '.join(classes)}",
                         f"left out: {said(meta['left_out']) or 'nothing'}", *meta["remarks"]])
 
 def overview():

@@ -359,6 +359,9 @@ def table_study(path, a):
     numbers, *others = [in_lists(fit, a.x, units) for fit in first["fits"]]
     ci95 = {key: np.percentile([one[key] for one in others], (2.5, 97.5), axis=0).T
             for key in numbers if others}
+    for x, alpha in zip(factors, numbers["alpha"]):
+        if alpha * np.ptp(np.log(table[x])) < .01:
+            print(f"note: {a.y} doesn't fall as {x} rises: a law is of what falls, as 1 - accuracy")
     form = " + ".join(["E"] + [f"A {'^-alpha '.join(term)}^-alpha" for term in a.x])
     held_out = first.pop("held_out").get(a.holdout)
     return first | {"name": "table", "x": factors, "terms": a.x, "form": form, **numbers,
@@ -473,7 +476,8 @@ def predict(path, cells, out):
                   for i, name in enumerate(table.get("name", losses))]
     result = {"law": path.name, "provenance": provenance(), "cells": prediction}
     if y not in table:
-        return write_json(out / "prediction.json", result)
+        write_json(out / "prediction.json", result)
+        return print(f"{len(losses)} predictions are in {out / 'prediction.json'}")
     measured = read_csv(cells, rows)[y]
     errors, inside = outcome(losses, others, measured), None
     for who, one in each_of(errors).items():
@@ -494,8 +498,10 @@ def recommend(path, a):
             "--recommend takes a grid's laws.json, and --users and --hours-per-user, or --hours "
             "and a smaller --setup")
     if budget:                                         # users (H + setup) = hours
-        require("h" in first["parameters"], f"{path}: a budget takes a grid of two recording times")
-        each = math.sqrt(first["parameters"]["h"] * a.setup)                   # largest N
+        h = first["parameters"].get("h", math.inf)
+        require(h < 3 * max(first["rows"]["hours_per_user"]), f"{path}: a budget takes a grid of "
+                "recordings so long that a person's hours run out: add longer ones")
+        each = math.sqrt(h * a.setup)                  # where N is largest
         users = max(1, math.floor(a.hours / (each + a.setup)))
         each = a.hours / users - a.setup
         print(f"{users} people, {duration(each)} of each, if one's hours saturate as in this law.")
@@ -525,11 +531,9 @@ def verdict(question, yes, no, value, ci95, margin=None, needs="more seeds or us
     """Holds if its margin (by default the interval) is all above 0; fails if all below."""
     low, high = margin or ci95 or (0, 0)
     needs = needs if margin or ci95 else "three seeds that have runs to compare"
-    decision, answer = "can't tell here", f"Not decided by this grid: it needs {needs}."
-    if low > 0:
-        decision, answer = "holds", yes
-    if high < 0:
-        decision, answer = "doesn't hold", no
+    undecided = "can't tell here", f"Not decided by this grid: it needs {needs}."
+    decision, answer = (("holds", yes) if low > 0 else ("doesn't hold", no) if high < 0
+                        else undecided)
     return {"value": value, "ci95": ci95, "decision": decision, "text": f"{question} {answer}",
             **more}
 
@@ -645,7 +649,7 @@ def screen(table, first, verdicts, drawn, out):
         print(f"Open {out / name}.png; numbers and intervals are in {out / 'laws.json'}.")
     advice = f"python fit_laws.py {out / 'laws.json'} --recommend --hours 20 --setup 0.5"
     more = "the same grid with more USERS and HOURS"
-    print("Next:", advice if "h" in (first["parameters"] or {}) else more)
+    print("Next:", advice if verdicts["hours_saturate"]["decision"] == "holds" else more)
 
 # ---------------------------------------------------------------- figures
 def new_axes(title, xlabel, ylabel):

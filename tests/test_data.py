@@ -198,6 +198,8 @@ PACKETS = np.arange(3000) // 10 % 20 != 7              # 10 rows each, one in 20
 ISO = [f"2026-01-31 12:0{int(s // 60)}:{s % 60:06.3f}" for s in T60]
 MINUTES = {  # what happened to a minute at 50 Hz: (its csv, windows, what is said)
     "starts again, twice": (csv(T60 % 20), 6, ""),
+    "starts again each 10 s": (csv(T60 % 10), 6, ""),
+    "appended, header and all": (2 * csv(T60[:1500], X60[:1500]), 6, ""),
     "set back for good": (csv(np.where(T60 > 30, T60 - 12.345, T60)), 6, ""),
     "leaps ahead and back": (csv(T60 + 1e4 * ((T60 > 20) & (T60 < 40))), 6, ""),
     "a row leaps": (csv(changed(T60, [50, 2000], [1e9, -1e9])), 6, "less than"),
@@ -297,6 +299,8 @@ BAD = {  # what makes a folder unusable: (its files, words of the sentence)
                                                 X60, np.nan))}, "join the sensors' rows by time"),
     "five channels": ({"u.npz": npz(X25[:, :5])}, r"signal \(1250, 5\).* wanted: .*\(n, 6\)"),
     "labels in a column": ({"u.npz": npz(label=np.full((1250, 1), "x"))}, r"label \(1250, 1\)"),
+    "a column twice": ({"u.csv": "t,ax,ay,az,AX\n0,0,0,1,1"}, "u.csv has a column twice"),
+    "seconds as rate": ({"u.npz": npz(rate=0.02)}, "rate is 0.02"),
     "no rate": ({"u.npz": {"signal": X25}}, "rate is not a file"),
     "pickles": ({"u.npz": npz(np.array([{}], object))}, "allow_pickle"),
     "no zip": ({"u.npz": "PK"}, "can't be read"),

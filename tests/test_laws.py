@@ -179,12 +179,15 @@ def test_the_last_ratio_goes_on():
     found = fit_laws.forecasts(rest, row, "loss", ("users", "size"), "users")["last ratio"]
     np.testing.assert_allclose(found, [2, 1])
 
-def test_no_difference_is_not_claimed_and_hours_that_do_not_run_out_are_not_said_to(fitted):
+def test_no_difference_is_not_claimed_and_hours_do_not_run_out_where_they_do_not(fitted, refused):
     table = grid(3, h=math.inf)
-    _, law, verdicts = fitted(table | {"hours_cap": table["hours"] + math.inf})     # without a cap
+    no_cap = {"hours_cap": table["hours"] + math.inf}
+    printed, law, verdicts = fitted(table | no_cap)
     assert "h" in law["parameters"]
     assert verdicts["users_minus_hours_exponent"]["decision"] == "can't tell here"
     assert verdicts["hours_saturate"]["decision"] != "holds"
+    assert "Next: the same grid" in printed
+    refused("fit_laws.py out/laws.json --recommend --hours 9 --setup .1", "hours run out")
 
 FULL = grid(5)
 THIN = {  # a grid: (its rows, words on the screen, of advice on a plan, why no budget)
@@ -192,7 +195,7 @@ THIN = {  # a grid: (its rows, words on the screen, of advice on a plan, why no 
     "two seeds": (FULL["seed"] < 2, "", "it needs three seeds", ""),
     "two models": (np.isin(FULL["width"], (16, 64)), "", "Model 64x3x4,", ""),
     "one model": (FULL["width"] == 64, "", "Model 64x3x4,", ""),
-    "one time": (FULL["hours_per_user"] == HOURS[0], "", "Model", "two recording times"),
+    "one time": (FULL["hours_per_user"] == HOURS[0], "", "Model", "hours run out"),
     "one line": ((FULL["width"] == 64) & np.isclose(FULL["hours"], 48 * HOURS[0], .01),
                  "4 of 4 pairs", "", "has no law")}
 
@@ -267,3 +270,5 @@ def test_rows_that_are_not_independent_are_named_and_groups_widen_the_interval(f
     assert width[1] > 2 * width[0]
     twice = {key: np.append(values, values[:3]) for key, values in table.items()}
     assert "3 of 183 rows" in fitted(twice, "--x tokens --bootstrap 0")[0]
+    rising = {"tokens": tokens, "loss": 70 - table["loss"]}
+    assert "doesn't fall as tokens" in fitted(rising, "--x tokens --bootstrap 0")[0]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_1samp
 
 import advice
 from fit_laws import interval, without_each
@@ -87,6 +88,19 @@ def test_what_carries_over_from_walking_has_the_means_of_its_table():
             found = [float(row[f"{column}_macro_f1"]) for row in rows
                      if row["name"].startswith(name)]
             assert rounded(np.mean(found), score), (people, column, found)
+
+def bends(column):
+    """Of results/walk/feet.csv, seed by seed: how far the losses of 55 people lie below the line on
+    log axes through those of 12 and of 256 (results/walk/rules.md)."""
+    rows, w = table("walk/feet.csv"), np.log(256 / 55) / np.log(256 / 12)
+    few, some, many = (np.log([float(row[column]) for row in rows if row["users"] == users])
+                       for users in ("12", "55", "256"))
+    return w * few - some + (1 - w) * many
+
+def test_power_law_or_logarithm_is_decided_by_the_bends_of_its_table():
+    for column in ("loss", "loss_2500"):
+        test = ttest_1samp(bends(column), 0, alternative="greater")
+        assert f"{test.statistic:.1f}" in TEXTS["results/walk/feet.md"]
 
 def test_the_advice_page_has_the_rows_that_its_command_prints():
     rows = [*advice.rows("experiment"), *advice.rows("walk")]
