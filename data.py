@@ -309,7 +309,7 @@ def mean_step(t):
     gaps, don't count. Leaps of over 2 s, as between short recordings (not bursts), are closed."""
     steps = np.diff(t)
     leaps = np.abs(steps) > 2
-    if 0 < leaps.sum() < 0.02 * len(t) and (usual := steps[~leaps].mean()) > 0.001:
+    if 0 < leaps.sum() < 0.02 * len(t) and (usual := steps[~leaps].mean()) > 0.004:
         t = np.cumsum(np.where(leaps, usual, steps))
     lag = max(1, min(256, len(t) // 4))
     lags = t[lag:] - t[:-lag]
