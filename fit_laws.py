@@ -531,9 +531,11 @@ def verdict(question, yes, no, value, ci95, margin=None, needs="more seeds or us
     """Holds if its margin (by default the interval) is all above 0; fails if all below."""
     low, high = margin or ci95 or (0, 0)
     needs = needs if margin or ci95 else "three seeds that have runs to compare"
-    undecided = "can't tell here", f"Not decided by this grid: it needs {needs}."
-    decision, answer = (("holds", yes) if low > 0 else ("doesn't hold", no) if high < 0
-                        else undecided)
+    decision, answer = "can't tell here", f"Not decided by this grid: it needs {needs}."
+    if low > 0:
+        decision, answer = "holds", yes
+    if high < 0:
+        decision, answer = "doesn't hold", no
     return {"value": value, "ci95": ci95, "decision": decision, "text": f"{question} {answer}",
             **more}
 
