@@ -466,7 +466,9 @@ def read_csv(path):
     text = path.read_text("utf-8-sig").splitlines()
     reader = csv.reader(text, delimiter=max(";\t,", key=text[0].count), skipinitialspace=True,
                         strict=True)
-    header = [column.strip().lower() for column in next(reader)]
+    def plain(row):
+        return [field.strip().lower() for field in row]
+    header = plain(next(reader))
     first, *others = (sensor.columns for sensor in SENSORS.values())
     given = sum(itertools.takewhile({*header}.intersection, others), [])       # up to a missing one
     names = ["t", *first, *given]
@@ -474,13 +476,16 @@ def read_csv(path):
     require(sum(map(header.count, names)) == len(names), f"{path} has a column twice: {header}")
     table, labels = [], []
     for row in reader:
-        if not any(map(str.strip, row)) or [name.strip().lower() for name in row] == header:
-            continue                               # empty, or the header of a file appended to this
+        if not any(map(str.strip, row)):
+            continue
         where = f"{path}, row {reader.line_num}"
         require(len(row) == len(header),
                 f"{where}: {len(row)} fields for {len(header)} of the header")
-        table.append([value_of(row[column]) for column in columns])
-        require(not math.isnan(table[-1][0]), f"{where}: no number or date as t")
+        values = [value_of(row[column]) for column in columns]
+        if math.isnan(values[0]):                  # the header of a file that was appended to this?
+            require(plain(row) == header, f"{where}: no number or date as t")
+            continue
+        table.append(values)
         labels.append(row[header.index("label")] if "label" in header else "")
     table = np.array(table)
     return {"t": table[:, 0], "signal": table[:, 1:], "label": np.array(labels)}
