@@ -99,6 +99,16 @@ def test_what_carries_over_from_walking_has_the_means_of_its_table():
                      if row["name"].startswith(name)]
             assert rounded(np.mean(found), score), (people, column, found)
 
+def test_what_was_predicted_is_compared_with_the_final_table_and_the_page_has_the_errors():
+    final = {row["name"]: row["loss"] for row in table("walk/results.csv")}
+    for folder in (ROOT / "results/walk/before").glob("*/"):
+        for row in table(folder / "measured.csv"):
+            assert row["loss"] == final[row["name"]], row
+        law = json.loads((folder / "outcome.json").read_text())
+        for errors in (law, law["forecasters"]["line on log axes"]):
+            error = 100 * errors["median_relative_error"]
+            assert f"{error:.1f}" in TEXTS["results/walk/result.md"], folder
+
 def test_power_law_or_logarithm_is_decided_by_the_bends_of_its_table():
     text = TEXTS["results/walk/feet.md"]
     for column in ("loss", "loss_2500"):
