@@ -45,7 +45,7 @@ def losses_on_feet(column):                            # (users, seeds)
                      for users in ("12", "55", "256")])
 
 def bends(column):
-    """How far the losses of 55 people lie below the line on log axes through 12 and 256, by seed."""
+    """How far the loss of 55 people lies below the line on log axes through 12 and 256, by seed."""
     w = np.log(256 / 55) / np.log(256 / 12)
     return [w, -1, 1 - w] @ np.log(losses_on_feet(column))
 
